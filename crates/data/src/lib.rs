@@ -1,1 +1,37 @@
-//! pronk-data
+//! The way of the data, from a file of instructions to the tokens a training step sees. No tensors here.
+//!
+//! One file per station, in the order a record passes them:
+//!
+//! 1. [`record`]: JSON or JSON Lines to [`InstructRecord`]s, every bad record named
+//! 2. [`template`]: a [`PromptTemplate`] renders a record to prompt and response segments
+//! 3. [`tokenizer`]: [`TextTokenizer`], from a Hugging Face directory or a GGUF vocabulary
+//! 4. [`example`]: a [`TokenizedExample`], token ids and which of them are labels
+//! 5. [`prepare`](mod@prepare): all records at once, on all cores, with a [`PrepareReport`]
+//! 6. [`prepared`]: the [`PreparedDataset`] and its file
+//! 7. [`order`]: which row comes when
+//! 8. [`batch`]: rows laid end to end, without padding, as a [`PackedBatch`]
+
+pub mod batch;
+pub mod error;
+pub mod example;
+mod files;
+pub mod gguf_vocabulary;
+pub mod order;
+pub mod prepare;
+pub mod prepared;
+pub mod record;
+pub mod report;
+pub mod template;
+pub mod tokenizer;
+
+pub use batch::PackedBatch;
+pub use error::DataError;
+pub use example::{DropReason, ExampleView, Tokenized, TokenizedExample, tokenize};
+pub use gguf_vocabulary::GgufVocabulary;
+pub use order::{Order, epoch_order};
+pub use prepare::{PrepareConfig, key, prepare};
+pub use prepared::{PreparedDataset, Rows};
+pub use record::{BadRecords, InstructRecord, Origin, RecordProblem, Records, read_records};
+pub use report::PrepareReport;
+pub use template::{PromptTemplate, Role, Segment};
+pub use tokenizer::{DecodeStream, TextTokenizer};

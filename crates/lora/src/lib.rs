@@ -1,1 +1,18 @@
-//! pronk-lora
+//! Low-rank adapters over a frozen base (Hu et al. 2021, <https://arxiv.org/abs/2106.09685>).
+//!
+//! A [`LoraLinear`] computes `base(x) + scale * (x A^T) B^T` on the activation path: the dense
+//! product `B A` never exists while training. Its weights live in an [`Adapter`], by the
+//! module's name, so that the base can come and go (resident, quantized, streamed) while the
+//! adapter stays. Adapter directories have the layout of Hugging Face's PEFT.
+
+mod adapter;
+mod config;
+mod error;
+mod linear;
+mod peft;
+
+pub use adapter::{Adapter, LoraPair, ModuleShape};
+pub use config::{LoraConfig, TargetModules};
+pub use error::LoraError;
+pub use linear::{ForwardMode, LoraLinear};
+pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};

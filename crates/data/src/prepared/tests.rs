@@ -1,0 +1,154 @@
+use std::fs;
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::error::DataError;
+
+fn dataset() -> PreparedDataset {
+    let row = |ids: &[u32]| TokenizedExample {
+        token_ids: ids.to_vec(),
+        loss_mask: (0..ids.len()).map(|i| i > 0).collect(),
+    };
+    PreparedDataset {
+        key: "k".repeat(64),
+        train: [row(&[5, 6, 7]), row(&[8, 9]), row(&[1, 2, 3, 4])].iter().collect(),
+        validation: [row(&[70_000, 2])].iter().collect(),
+        report: PrepareReport { records: 4, files: vec!["ä.json".into()], ..PrepareReport::default() },
+        template: "alpaca".to_owned(),
+        max_seq_len: 4,
+    }
+}
+
+fn written(dir: &TempDir) -> (PathBuf, Vec<u8>) {
+    let path = dir.path().join("data.prep");
+    dataset().write(&path).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    (path, bytes)
+}
+
+/// What reading `bytes` complains of.
+fn refusal(bytes: &[u8]) -> String {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("x.prep");
+    fs::write(&path, bytes).unwrap();
+    let error = PreparedDataset::read(&path).unwrap_err();
+    assert!(matches!(error, DataError::Prepared { .. }), "{error}");
+    let message = error.to_string();
+    assert!(message.contains("x.prep") && message.contains("pronk prep"), "{message}");
+    message
+}
+
+#[test]
+fn rows_come_back_as_they_were() {
+    let data = dataset();
+    assert_eq!((data.train.len(), data.train.tokens(), data.train.supervised()), (3, 9, 6));
+    assert_eq!(data.train.get(1).unwrap().token_ids, [8, 9]);
+    assert_eq!(data.train.get(2).unwrap().to_example().loss_mask, [false, true, true, true]);
+    assert_eq!(data.train.get(3), None);
+    assert_eq!(data.train.get(usize::MAX), None);
+    assert_eq!(data.train.iter().map(|row| row.tokens()).collect::<Vec<_>>(), [3, 2, 4]);
+    assert_eq!(data.validation.max_token_id(), Some(70_000));
+    assert_eq!(Rows::default().max_token_id(), None);
+    assert!(Rows::default().is_empty());
+}
+
+#[test]
+fn a_file_holds_everything_and_is_the_same_each_time() {
+    let dir = TempDir::new().unwrap();
+    let (path, bytes) = written(&dir);
+    assert_eq!(PreparedDataset::read(&path).unwrap(), dataset());
+    assert_eq!(written(&dir).1, bytes);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    let none = PreparedDataset { validation: Rows::default(), ..dataset() };
+    none.write(&path).unwrap();
+    assert_eq!(PreparedDataset::read(&path).unwrap(), none);
+}
+
+#[test]
+fn a_file_cut_short_anywhere_is_an_error() {
+    let (_, bytes) = written(&TempDir::new().unwrap());
+    for length in 0..bytes.len() {
+        refusal(&bytes[..length]);
+    }
+    refusal(&[bytes.as_slice(), b"more"].concat());
+}
+
+#[test]
+fn a_file_with_any_byte_changed_is_an_error_or_the_same_data() {
+    let dir = TempDir::new().unwrap();
+    let (path, bytes) = written(&dir);
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    for at in 0..bytes.len() {
+        let mut changed = bytes.clone();
+        changed[at] ^= 0x41;
+        fs::write(&path, &changed).unwrap();
+        let read = PreparedDataset::read(&path); // must not panic
+        assert!(at < header || read.is_err(), "a change of the data at byte {at} went unnoticed");
+    }
+}
+
+#[test]
+fn foreign_files_are_told_apart() {
+    assert!(refusal(b"").contains("shorter than 8 bytes"));
+    assert!(refusal(&[0xff; 64]).contains("claims 18446744073709551615 bytes"));
+    assert!(refusal(&(1_u64 << 60).to_le_bytes()).contains("claims 1152921504606846976 bytes"));
+    assert!(refusal(b"[{\"instruction\": \"a\", \"output\": \"b\"}]").contains("not a prepared dataset"));
+    let model = safetensors::serialize(
+        [("w", safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![2], &[1, 2]).unwrap())],
+        None,
+    );
+    assert!(refusal(&model.unwrap()).contains("not one that `pronk prep` wrote"));
+    assert!(matches!(PreparedDataset::read("/no/such.prep".as_ref()), Err(DataError::Io { .. })));
+}
+
+/// Data that a checksum does not catch, because it was wrong when it was written.
+#[test]
+fn rows_that_are_no_rows_are_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("bad.prep");
+    let refused = |change: fn(&mut PreparedDataset)| {
+        let mut data = dataset();
+        change(&mut data);
+        data.write(&path).unwrap();
+        PreparedDataset::read(&path).unwrap_err().to_string()
+    };
+    for (change, expected) in [
+        (
+            (|d| d.train.offsets[1] = 1 << 60) as fn(&mut PreparedDataset),
+            "row 0 goes from 0 to 1152921504606846976",
+        ),
+        (|d| d.train.offsets.swap(1, 2), "row 0 goes from 0 to 5"),
+        (|d| d.train.offsets[1] = 0, "row 0 goes from 0 to 0"),
+        (|d| d.train.offsets.clear(), "offsets go from None to None"),
+        (|d| d.train.offsets[3] = 8, "expected 0 to 9"),
+        (|d| d.train.offsets[0] = 1, "expected 0 to 9"),
+        (|d| d.train.loss_mask[3] = true, "row 1 has a label on its first token"),
+        (|d| drop(d.train.loss_mask.pop()), "8 label marks for 9 tokens"),
+        (|d| drop(d.validation.token_ids.pop()), "2 label marks for 1 tokens"),
+        (|d| d.max_seq_len = 3, "row 2 goes from 5 to 9, expected 1 to 3"),
+    ] {
+        let error = refused(change);
+        assert!(error.contains(expected), "expected {expected:?} in {error:?}");
+    }
+}
+
+#[test]
+fn another_format_says_which() {
+    let (_, bytes) = written(&TempDir::new().unwrap());
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    assert!(text.contains(r#"{\"version\":1,"#), "{text}");
+    let at = text.find(r#"{\"version\":1,"#).unwrap() + r#"{\"version\":"#.len();
+    let mut newer = bytes;
+    newer[at] = b'7';
+    assert!(refusal(&newer).contains("written in format 7, this pronk reads format 1"));
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_an_error_and_leaves_nothing() {
+    let dir = TempDir::new().unwrap();
+    let error = dataset().write(&dir.path().join("no/such/data.prep")).unwrap_err().to_string();
+    assert!(error.contains("cannot write the prepared file"), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}

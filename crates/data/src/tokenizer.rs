@@ -1,0 +1,200 @@
+//! Text to token ids and back, and which ids begin and end a text.
+
+mod hugging_face;
+mod stream;
+
+use std::fmt;
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use tokenizers::Tokenizer;
+
+use crate::error::DataError;
+use crate::files;
+use crate::gguf_vocabulary::{self, GgufVocabulary};
+
+pub use stream::DecodeStream;
+
+/// Words whose tokens are remembered. The crate's 10,000 are few for a data set: Alpaca's 52,000 records have some
+/// 60,000 distinct words.
+const CACHED_WORDS: usize = 1 << 17;
+
+/// A tokenizer that knows how its model's texts begin and end.
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    /// Some only if a text is to begin with it.
+    bos: Option<u32>,
+    /// The learned one first.
+    eos: Vec<u32>,
+    /// What [`TextTokenizer::save`] writes as `tokenizer_config.json`.
+    config: Map<String, Value>,
+}
+
+impl fmt::Debug for TextTokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TextTokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("bos", &self.bos)
+            .field("eos", &self.eos)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The parts a reader has to find, whatever the format.
+pub(crate) struct Parts {
+    pub(crate) tokenizer: Tokenizer,
+    /// Where it came from, for error messages.
+    pub(crate) place: String,
+    pub(crate) bos: Option<u32>,
+    pub(crate) eos: Vec<u32>,
+    pub(crate) config: Map<String, Value>,
+}
+
+impl TextTokenizer {
+    /// Reads `tokenizer.json` from a Hugging Face directory, and from the other JSON files beside it which tokens
+    /// begin and end a text.
+    ///
+    /// EOS is the `eos_token` of `tokenizer_config.json` or `special_tokens_map.json`, else the first
+    /// `eos_token_id` of `generation_config.json` or `config.json`; the other ids listed there also end a
+    /// generated text. BOS is added if `add_bos_token` says so, and where it says nothing, if the tokenizer's own
+    /// post-processor does.
+    pub fn from_dir(dir: &Path) -> Result<Self, DataError> {
+        hugging_face::read(dir).and_then(Self::from_parts)
+    }
+
+    /// Builds the tokenizer that a GGUF file describes.
+    pub fn from_gguf(vocabulary: &GgufVocabulary) -> Result<Self, DataError> {
+        gguf_vocabulary::build(vocabulary).and_then(Self::from_parts)
+    }
+
+    fn from_parts(parts: Parts) -> Result<Self, DataError> {
+        let Parts { mut tokenizer, place, bos, eos, config } = parts;
+        let error = |message: String| DataError::Tokenizer { place: place.clone(), message };
+        if eos.is_empty() {
+            return Err(error(
+                "no EOS token is named; a model that never learns to stop is of no use. Add eos_token \
+                              to tokenizer_config.json, or eos_token_id to config.json"
+                    .to_owned(),
+            ));
+        }
+        for (name, id) in bos.iter().map(|id| ("BOS", *id)).chain(eos.iter().map(|id| ("EOS", *id))) {
+            if tokenizer.id_to_token(id).is_none() {
+                return Err(error(format!(
+                    "the {name} token id {id} is not in the vocabulary of {} tokens",
+                    tokenizer.get_vocab_size(true)
+                )));
+            }
+        }
+        // Some published files still hold the padding and truncation of their training run.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| error(e.to_string()))?;
+        let mut model = tokenizer.get_model().clone();
+        model.resize_cache(CACHED_WORDS);
+        tokenizer.with_model(model);
+        Ok(Self { tokenizer, bos, eos, config })
+    }
+
+    /// The token that begins a text; `None` if the tokenizer adds none.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that ends a text, and that every response learns to end in.
+    pub fn eos(&self) -> u32 {
+        self.eos.first().copied().unwrap_or_default() // never empty, see `from_parts`
+    }
+
+    /// All tokens that end a generated text; the first is [`TextTokenizer::eos`].
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// How many tokens there are, added ones included. A model's `vocab_size` may be larger, never smaller.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// The chat template that came with the tokenizer.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.config.get("chat_template").and_then(Value::as_str)
+    }
+
+    /// Token ids of `text`, with neither BOS nor EOS. The name of a special token inside `text` becomes that
+    /// token, as in transformers.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        // `encode_fast` leaves out offsets, which nobody here looks at.
+        let encoding =
+            self.tokenizer.encode_fast(text, false).map_err(|error| self.error("encode", &error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Token ids of a prompt: BOS first, if the tokenizer adds one.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        let mut ids: Vec<u32> = self.bos.into_iter().collect();
+        ids.extend(self.encode(text)?);
+        Ok(ids)
+    }
+
+    /// The text of `ids`, special tokens left out. Bytes that are no UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, DataError> {
+        self.tokenizer.decode(ids, true).map_err(|error| self.error("decode", &error))
+    }
+
+    /// The text of `ids`, special tokens shown by name.
+    pub fn decode_with_specials(&self, ids: &[u32]) -> Result<String, DataError> {
+        self.tokenizer.decode(ids, false).map_err(|error| self.error("decode", &error))
+    }
+
+    /// The vocabulary's own spelling of a token, such as `Ġthe` or `<|im_end|>`.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
+    /// The id of a token by the vocabulary's own spelling.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// For showing a text while it is generated.
+    pub fn decode_stream(&self) -> DecodeStream<'_> {
+        DecodeStream::new(self)
+    }
+
+    /// SHA-256 (hexadecimal) of everything that decides a text's token ids.
+    pub fn fingerprint(&self) -> Result<String, DataError> {
+        let mut hasher = Sha256::new();
+        files::hash_field(&mut hasher, self.to_json(false)?.as_bytes());
+        files::hash_field(&mut hasher, format!("bos {:?} eos {}", self.bos, self.eos()).as_bytes());
+        Ok(files::hex(hasher))
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`, for transformers and the
+    /// other runtimes to load. `dir` has to exist.
+    pub fn save(&self, dir: &Path) -> Result<(), DataError> {
+        let write = |name: &str, text: &str| {
+            files::write_atomically(&dir.join(name), &[text.as_bytes(), b"\n"], "write the tokenizer")
+        };
+        let special: Map<String, Value> = ["bos_token", "eos_token", "unk_token", "pad_token"]
+            .into_iter()
+            .filter_map(|name| {
+                Some((name.to_owned(), self.config.get(name).filter(|v| !v.is_null())?.clone()))
+            })
+            .collect();
+        write("tokenizer.json", &self.to_json(true)?)?;
+        write("tokenizer_config.json", &format!("{:#}", Value::Object(self.config.clone())))?;
+        write("special_tokens_map.json", &format!("{:#}", json!(special)))
+    }
+
+    fn to_json(&self, pretty: bool) -> Result<String, DataError> {
+        self.tokenizer.to_string(pretty).map_err(|error| self.error("serialize", &error))
+    }
+
+    fn error(&self, action: &str, error: &tokenizers::Error) -> DataError {
+        let place = format!("of {} tokens", self.vocab_size());
+        DataError::Tokenizer { place, message: format!("cannot {action}: {error}") }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,127 @@
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// How rotary frequencies are stretched beyond the context a base was trained with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// Positions count as they are.
+    None,
+    /// Every frequency divided by `factor`.
+    Linear {
+        /// How many times longer the context becomes.
+        factor: f64,
+    },
+    /// Llama 3's: long wavelengths divided by `factor`, short ones kept, a smooth change between.
+    Llama3 {
+        /// How many times longer the context becomes.
+        factor: f64,
+        /// Wavelengths above `original_context / low_freq_factor` are stretched whole.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_context / high_freq_factor` stay as they are.
+        high_freq_factor: f64,
+        /// Tokens of context the base was first trained with.
+        original_context: f64,
+    },
+}
+
+impl RopeScaling {
+    /// What each frequency is divided by, as llama.cpp stores it in `rope_freqs.weight`.
+    pub fn factors(self, head_dim: usize, theta: f64) -> Vec<f64> {
+        frequencies(head_dim, theta).map(|f| f / self.scale(f)).collect()
+    }
+
+    /// One frequency, scaled. The formulas are those of Hugging Face's `modeling_rope_utils`.
+    fn scale(self, frequency: f64) -> f64 {
+        match self {
+            Self::None => frequency,
+            Self::Linear { factor } => frequency / factor,
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let turns = original_context * frequency / std::f64::consts::TAU;
+                if turns < low_freq_factor {
+                    frequency / factor
+                } else if turns > high_freq_factor {
+                    frequency
+                } else {
+                    let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1.0 - smooth) * frequency / factor + smooth * frequency
+                }
+            }
+        }
+    }
+}
+
+/// `theta^(-2 i / head_dim)`, in radians a token.
+fn frequencies(head_dim: usize, theta: f64) -> impl Iterator<Item = f64> {
+    (0..head_dim / 2).map(move |i| theta.powf(-2.0 * i as f64 / head_dim as f64))
+}
+
+/// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>), in the layout
+/// of Hugging Face checkpoints: feature `i` turns together with feature `i + head_dim / 2`.
+#[derive(Debug, Clone)]
+pub struct Rotary {
+    frequencies: Vec<f32>,
+}
+
+/// Cosines and sines of one batch's positions, each `[tokens, 1, head_dim / 2]`.
+#[derive(Debug, Clone)]
+pub struct RotaryTables {
+    cos: Tensor<3>,
+    sin: Tensor<3>,
+}
+
+impl Rotary {
+    /// Frequencies for heads of `head_dim` features over the base `theta`.
+    pub fn new(head_dim: usize, theta: f64, scaling: RopeScaling) -> Self {
+        Self { frequencies: frequencies(head_dim, theta).map(|f| scaling.scale(f) as f32).collect() }
+    }
+
+    /// The tables for tokens at `positions` within their records.
+    pub fn tables(&self, positions: &[u32], device: &Device) -> RotaryTables {
+        let shape = [positions.len(), 1, self.frequencies.len()];
+        // The angle is rounded to float32, as the reference does; its cosine is taken exactly.
+        let angles: Vec<f64> = positions
+            .iter()
+            .flat_map(|&p| self.frequencies.iter().map(move |&f| f64::from(p as f32 * f)))
+            .collect();
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f32> = angles.iter().map(|&a| f(a) as f32).collect();
+            Tensor::from_data(TensorData::new(values, shape), device)
+        };
+        RotaryTables { cos: table(f64::cos), sin: table(f64::sin) }
+    }
+}
+
+impl RotaryTables {
+    /// Turns every head of `x` by its token's position.
+    ///
+    /// # Shapes
+    /// - x and result: `[tokens, heads, head_dim]`
+    pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
+        let half = x.dims()[2] / 2;
+        let x1 = x.clone().narrow(2, 0, half);
+        let x2 = x.narrow(2, half, half);
+        let (cos, sin) = (self.cos.clone(), self.sin.clone());
+        let y1 = x1.clone() * cos.clone() - x2.clone() * sin.clone();
+        let y2 = x2 * cos + x1 * sin;
+        Tensor::cat(vec![y1, y2], 2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llama3_keeps_short_waves_and_stretches_long_ones() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 8192.0,
+        };
+        assert!((scaling.scale(1.0) - 1.0).abs() < 1e-12);
+        assert!((scaling.scale(1e-6) - 1e-6 / 8.0).abs() < 1e-18);
+        let between = scaling.scale(2.0 * std::f64::consts::TAU / 8192.0);
+        let plain = 2.0 * std::f64::consts::TAU / 8192.0;
+        assert!(between < plain && between > plain / 8.0);
+    }
+}

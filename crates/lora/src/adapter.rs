@@ -1,0 +1,86 @@
+use std::collections::BTreeMap;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use pronk_kernels::{Tracked, stream};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{LoraConfig, LoraError};
+
+/// A linear layer that could be adapted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModuleShape {
+    /// Its name in the checkpoint, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Features of its input.
+    pub in_features: usize,
+    /// Features of its output.
+    pub out_features: usize,
+}
+
+/// The two factors of one update, or their gradients: float32 whatever the base holds.
+#[derive(Debug, Clone)]
+pub struct LoraPair {
+    /// `[rank, in]`
+    pub a: Tensor<2>,
+    /// `[out, rank]`
+    pub b: Tensor<2>,
+}
+
+impl Tracked for LoraPair {
+    fn tracked(self) -> Self {
+        Self { a: self.a.tracked(), b: self.b.tracked() }
+    }
+}
+
+/// A low-rank update of a base, by module name.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// Rank, scale and targets.
+    pub config: LoraConfig,
+    /// The factors of every adapted module.
+    pub pairs: BTreeMap<String, LoraPair>,
+}
+
+impl Adapter {
+    /// A fresh adapter, initialized as PEFT does: A uniform in `±1 / sqrt(in)` (Kaiming with
+    /// `a = sqrt 5`), B zero, so that training starts from the base itself.
+    ///
+    /// A module's numbers depend on the seed and its name alone, and are the same on every device.
+    pub fn init(
+        config: &LoraConfig,
+        modules: &[ModuleShape],
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self, LoraError> {
+        config.validate()?;
+        let pair = |module: &ModuleShape| {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(stream(&module.name));
+            let bound = 1.0 / (module.in_features as f32).sqrt();
+            let a: Vec<f32> =
+                (0..config.rank * module.in_features).map(|_| rng.random_range(-bound..bound)).collect();
+            LoraPair {
+                a: Tensor::from_data(TensorData::new(a, [config.rank, module.in_features]), device),
+                b: Tensor::zeros([module.out_features, config.rank], device),
+            }
+        };
+        let targets = config.target_modules.select(modules)?;
+        let pairs = targets.into_iter().map(|m| (m.name.clone(), pair(m))).collect();
+        Ok(Self { config: config.clone(), pairs })
+    }
+
+    /// The part that sits in the modules whose names begin with `prefix`, as leaves of a new
+    /// autodiff graph.
+    #[must_use]
+    pub fn tracked_under(&self, prefix: &str) -> Self {
+        let under = self.pairs.iter().filter(|(name, _)| name.starts_with(prefix));
+        let pairs = under.map(|(name, pair)| (name.clone(), pair.clone().tracked())).collect();
+        Self { config: self.config.clone(), pairs }
+    }
+
+    /// Numbers that training changes.
+    pub fn parameters(&self) -> usize {
+        self.pairs.values().map(|p| p.a.shape().num_elements() + p.b.shape().num_elements()).sum()
+    }
+}

@@ -1,0 +1,52 @@
+use burn::tensor::Tensor;
+use pronk_kernels::{Dropout, FrozenLinear};
+
+use crate::Adapter;
+
+/// What a forward pass needs beside its input: the adapter, and the dropout of the moment.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardMode<'a> {
+    /// The adapter to add to the base; `None` is the base alone.
+    pub adapter: Option<&'a Adapter>,
+    /// Dropout in front of the adapter, while training.
+    pub dropout: Option<Dropout>,
+}
+
+impl<'a> ForwardMode<'a> {
+    /// The base with an adapter, as it answers.
+    pub fn inference(adapter: Option<&'a Adapter>) -> Self {
+        Self { adapter, dropout: None }
+    }
+}
+
+/// A linear layer of the base at the place where an adapter may sit.
+#[derive(Debug, Clone)]
+pub struct LoraLinear {
+    name: String,
+    base: FrozenLinear,
+}
+
+impl LoraLinear {
+    /// `name` is the module's name in the checkpoint, without `.weight`.
+    pub fn new(name: String, base: FrozenLinear) -> Self {
+        Self { name, base }
+    }
+
+    /// `base(x) + scale * (dropout(x) A^T) B^T`, or `base(x)` where no adapter sits.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - result: `[tokens, out]`
+    pub fn forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+        let Some((adapter, pair)) = mode.adapter.and_then(|a| Some((a, a.pairs.get(&self.name)?))) else {
+            return self.base.forward(x);
+        };
+        let y = self.base.forward(x.clone());
+        let x = match mode.dropout {
+            Some(dropout) => dropout.apply(x, &self.name),
+            None => x,
+        };
+        let low = x.matmul(pair.a.clone().transpose()); // [tokens, rank]
+        y + low.matmul(pair.b.clone().transpose()) * adapter.config.scale()
+    }
+}

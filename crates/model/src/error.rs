@@ -1,0 +1,70 @@
+use std::path::{Path, PathBuf};
+
+/// What can go wrong with a base.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file that cannot be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A path that holds no base.
+    #[error("{path}: {problem}")]
+    NoBase {
+        /// The path.
+        path: PathBuf,
+        /// What is missing, and what would do.
+        problem: String,
+    },
+    /// A file that is not what its name says.
+    #[error("{path}: {problem}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Expected and found.
+        problem: String,
+    },
+    /// A configuration that this decoder does not compute; every reason at once.
+    #[error("{path}: this base needs what is not supported:\n  {}", .problems.join("\n  "))]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// Each with its key, the value found, and what is supported.
+        problems: Vec<String>,
+    },
+    /// Weights that do not match the configuration; all of them at once.
+    #[error("{path}: the weights do not match the configuration:\n  {}", listed(.problems))]
+    Weights {
+        /// The base.
+        path: PathBuf,
+        /// Each with the tensor's name, expected and found.
+        problems: Vec<String>,
+    },
+    /// Numbers that could not be read back from the device.
+    #[error("the device failed while reading results back: {0}")]
+    Device(String),
+}
+
+impl ModelError {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+
+    pub(crate) fn malformed(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Malformed { path: path.into(), problem: problem.into() }
+    }
+}
+
+/// The first twenty, and how many more there are.
+fn listed(problems: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let mut lines: Vec<String> = problems.iter().take(SHOWN).cloned().collect();
+    if problems.len() > SHOWN {
+        lines.push(format!("... and {} more", problems.len() - SHOWN));
+    }
+    lines.join("\n  ")
+}
