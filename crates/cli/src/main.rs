@@ -1,1 +1,42 @@
-fn main(){}
+//! `pronk`: cheap instruction tuning, from an instruction JSON to an adapter and a merged model.
+//!
+//! Exit codes: 0 for success, 1 for the user's mistake, 2 for ours.
+
+mod args;
+mod base;
+mod commands;
+mod progress;
+mod recipe;
+mod terminal;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::Arguments;
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(e) => {
+            let _ = e.print();
+            // clap exits 2 for a typo; here that code is kept for our own mistakes.
+            return ExitCode::from(u8::from(e.use_stderr()));
+        }
+    };
+    terminal::install_error_style();
+    match catch_unwind(AssertUnwindSafe(|| commands::run(arguments))) {
+        Ok(Ok(code)) => code,
+        Ok(Err(report)) => {
+            eprintln!("{report:?}");
+            ExitCode::from(1)
+        }
+        Err(_) => {
+            eprintln!(
+                "\nThis is a bug in pronk, not a mistake of yours. Please report it with the lines above."
+            );
+            ExitCode::from(2)
+        }
+    }
+}

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::DataError;
 use crate::record::InstructRecord;
 use crate::template::{PromptTemplate, Role};
-use crate::tokenizer::TextTokenizer;
+use crate::tokenizer::{Encoder, TextTokenizer};
 
 /// The tokens of one row.
 ///
@@ -108,10 +108,22 @@ pub fn tokenize(
     max_seq_len: usize,
     train_on_inputs: bool,
 ) -> Result<Tokenized, DataError> {
+    tokenize_with(&mut tokenizer.encoder(), record, template, max_seq_len, train_on_inputs)
+}
+
+/// [`tokenize`] for many records in a row.
+pub fn tokenize_with(
+    encoder: &mut Encoder<'_>,
+    record: &InstructRecord,
+    template: &PromptTemplate,
+    max_seq_len: usize,
+    train_on_inputs: bool,
+) -> Result<Tokenized, DataError> {
+    let tokenizer = encoder.tokenizer();
     let mut token_ids: Vec<u32> = tokenizer.bos().into_iter().collect();
     let mut is_response = vec![false; token_ids.len()];
     for segment in template.render(record)? {
-        token_ids.extend(tokenizer.encode(&segment.text)?);
+        encoder.encode(&segment.text, &mut token_ids)?;
         is_response.resize(token_ids.len(), segment.role == Role::Response);
     }
     token_ids.push(tokenizer.eos());

@@ -96,7 +96,7 @@ pub(crate) fn build(vocabulary: &GgufVocabulary) -> Result<Parts, DataError> {
     let added = vocabulary.added_tokens([bos, eos]);
     tokenizer.add_tokens(added).map_err(|e| error(e.to_string()))?;
     let bos = bos.filter(|_| vocabulary.add_bos.unwrap_or(add_bos));
-    if let (Some(id), Some(name)) = (bos, &bos_name) {
+    if let (Some(id), Some(name)) = (bos, bos_name) {
         // So that whoever loads the saved tokenizer.json gets BOS too.
         tokenizer.with_post_processor(Some(bos_in_front(id, name).map_err(error)?));
     } else if vocabulary.add_bos == Some(true) {
@@ -154,9 +154,9 @@ impl GgufVocabulary {
         self.token_types.get(id).copied().unwrap_or(NORMAL)
     }
 
-    fn name(&self, what: &str, id: Option<u32>) -> Result<Option<String>, DataError> {
+    fn name(&self, what: &str, id: Option<u32>) -> Result<Option<&str>, DataError> {
         let Some(id) = id else { return Ok(None) };
-        let token = self.tokens.get(id as usize).cloned();
+        let token = self.tokens.get(id as usize).map(String::as_str);
         token.map(Some).ok_or_else(|| {
             error(format!(
                 "the {what} token id {id} is not in the vocabulary of {} tokens",
@@ -176,7 +176,7 @@ impl GgufVocabulary {
         added.collect()
     }
 
-    fn config(&self, add_bos: bool, bos: Option<String>, eos: Option<String>) -> Map<String, Value> {
+    fn config(&self, add_bos: bool, bos: Option<&str>, eos: Option<&str>) -> Map<String, Value> {
         let unknown = (0..self.tokens.len()).find(|&id| self.token_type(id) == UNKNOWN);
         let entries = [
             ("tokenizer_class", json!("PreTrainedTokenizerFast")),

@@ -26,7 +26,7 @@ pub mod tokenizer;
 
 pub use batch::PackedBatch;
 pub use error::DataError;
-pub use example::{DropReason, ExampleView, Tokenized, TokenizedExample, tokenize};
+pub use example::{DropReason, ExampleView, Tokenized, TokenizedExample, tokenize, tokenize_with};
 pub use gguf_vocabulary::GgufVocabulary;
 pub use order::{Order, epoch_order};
 pub use prepare::{PrepareConfig, key, prepare};
@@ -34,4 +34,4 @@ pub use prepared::{PreparedDataset, Rows};
 pub use record::{BadRecords, InstructRecord, Origin, RecordProblem, Records, read_records};
 pub use report::PrepareReport;
 pub use template::{PromptTemplate, Role, Segment};
-pub use tokenizer::{DecodeStream, TextTokenizer};
+pub use tokenizer::{DecodeStream, Encoder, TextTokenizer};

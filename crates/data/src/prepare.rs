@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
-use crate::example::{Tokenized, TokenizedExample, tokenize};
+use crate::example::{Tokenized, TokenizedExample, tokenize_with};
 use crate::files;
 use crate::order::shuffle;
 use crate::prepared::{PreparedDataset, Rows};
@@ -176,6 +176,7 @@ fn tokenize_all(
         for _ in 0..workers {
             let (sender, next) = (sender.clone(), &next);
             scope.spawn(move || {
+                let mut encoder = tokenizer.encoder();
                 loop {
                     let first = next.fetch_add(CHUNK, Ordering::Relaxed);
                     let Some(chunk) =
@@ -185,7 +186,15 @@ fn tokenize_all(
                     };
                     let rows: Vec<Result<Tokenized, DataError>> = chunk
                         .iter()
-                        .map(|r| tokenize(r, template, tokenizer, config.max_seq_len, config.train_on_inputs))
+                        .map(|r| {
+                            tokenize_with(
+                                &mut encoder,
+                                r,
+                                template,
+                                config.max_seq_len,
+                                config.train_on_inputs,
+                            )
+                        })
                         .collect();
                     if sender.send((first, rows)).is_err() {
                         return;

@@ -45,5 +45,9 @@ pub fn cross_entropy(
             gradients.push(weights.matmul(head.clone()) / total - target_rows);
         }
     }
-    CrossEntropy { sum, gradient: with_gradient.then(|| Tensor::cat(gradients, 0)) }
+    let gradient = match gradients.is_empty() {
+        true => hidden.zeros_like(), // no targets, and so no rows
+        false => Tensor::cat(gradients, 0),
+    };
+    CrossEntropy { sum, gradient: with_gradient.then_some(gradient) }
 }

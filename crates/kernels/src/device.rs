@@ -5,8 +5,7 @@ use std::panic::catch_unwind;
 use burn::tensor::Device;
 
 /// Every name `--device` understands; `N` is a device number and may be left out.
-pub const DEVICE_NAMES: &str =
-    "auto, cpu, cuda:N, rocm:N, vulkan:N, metal:N, tch:cpu, tch:cuda:N, tch:mps";
+pub const DEVICE_NAMES: &str = "auto, cpu, cuda:N, rocm:N, vulkan:N, metal:N, tch:cpu, tch:cuda:N, tch:mps";
 
 /// Why a device cannot be had.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -199,11 +198,7 @@ finder!(rocm, "rocm", Device::enumerate(burn::tensor::DeviceType::Rocm).into_vec
 finder!(metal, "metal", Device::enumerate(burn::tensor::DeviceType::Metal).into_vec());
 finder!(vulkan, "vulkan", Device::enumerate(burn::tensor::DeviceType::Vulkan).into_vec());
 finder!(tch_cuda, "tch", Device::enumerate(burn::tensor::DeviceType::LibTorch).into_vec());
-finder!(
-    tch_mps,
-    "tch",
-    if cfg!(target_os = "macos") { vec![Device::libtorch_mps()] } else { Vec::new() }
-);
+finder!(tch_mps, "tch", if cfg!(target_os = "macos") { vec![Device::libtorch_mps()] } else { Vec::new() });
 finder!(flex, "flex", vec![Device::flex()]);
 finder!(tch_cpu, "tch", vec![Device::libtorch()]);
 

@@ -14,7 +14,9 @@ pub enum LoraError {
         found: String,
     },
     /// A target that matches no linear layer.
-    #[error("lora.target_modules: [{targets}] matches no linear layer of this base; there are: {available}, or the word \"all-linear\"")]
+    #[error(
+        "lora.target_modules: [{targets}] matches no linear layer of this base; there are: {available}, or the word \"all-linear\""
+    )]
     NoSuchTarget {
         /// The targets without a match.
         targets: String,

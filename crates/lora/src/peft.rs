@@ -94,7 +94,8 @@ impl Adapter {
         }
         let mut surplus: Vec<_> = tensors.into_keys().collect();
         surplus.sort();
-        problems.extend(surplus.iter().map(|key| format!("{key}: belongs to no targeted module of the base")));
+        problems
+            .extend(surplus.iter().map(|key| format!("{key}: belongs to no targeted module of the base")));
         if problems.is_empty() { Ok(Self { config, pairs }) } else { Err(misfit(dir, problems)) }
     }
 
@@ -152,8 +153,7 @@ fn to_f32(view: &TensorView) -> Option<Vec<f32>> {
 /// Only keys that every PEFT version since 0.6 accepts: older ones fail on keys they do not know.
 fn config_json(config: &LoraConfig, targets: &[String], base: &str) -> String {
     // PEFT and Ollama know alpha as an integer; a fraction is written only where there is one.
-    let alpha =
-        if config.alpha.fract() == 0.0 { json!(config.alpha as i64) } else { json!(config.alpha) };
+    let alpha = if config.alpha.fract() == 0.0 { json!(config.alpha as i64) } else { json!(config.alpha) };
     let value = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -182,11 +182,15 @@ fn load_config(dir: &Path) -> Result<LoraConfig, LoraError> {
     if value["peft_type"] != "LORA" {
         return Err(malformed(format!("expected peft_type \"LORA\", found {}", value["peft_type"])));
     }
-    let refused: Vec<String> = UNSUPPORTED
+    let mut refused: Vec<String> = UNSUPPORTED
         .iter()
         .filter(|key| !is_off(&value[**key]))
         .map(|key| format!("{key}: {} is not supported", value[*key]))
         .collect();
+    let init = value["init_lora_weights"].as_str().unwrap_or_default();
+    if CHANGES_BASE.iter().any(|way| init.to_lowercase().starts_with(way)) {
+        refused.push(format!("init_lora_weights: \"{init}\" changes the base as well and is not supported"));
+    }
     if !refused.is_empty() {
         return Err(misfit(dir, refused));
     }
@@ -208,7 +212,7 @@ fn load_config(dir: &Path) -> Result<LoraConfig, LoraError> {
 }
 
 /// Keys of PEFT's that change what an adapter computes and that this version does not carry.
-const UNSUPPORTED: [&str; 16] = [
+const UNSUPPORTED: [&str; 18] = [
     "use_dora",
     "bias",
     "fan_in_fan_out",
@@ -225,7 +229,13 @@ const UNSUPPORTED: [&str; 16] = [
     "use_qalora",
     "use_bdlora",
     "megatron_config",
+    "kasa_config",
+    "arrow_config",
 ];
+
+/// Initializations for which PEFT also rewrites the base's weights when it loads the adapter: over
+/// the base as it is, such factors compute something else.
+const CHANGES_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 /// Null, false, "none", and what is empty all mean that a feature is not used.
 fn is_off(value: &Value) -> bool {

@@ -112,9 +112,9 @@ impl Base {
         }
         let tied_head = |name: &str| self.config.tie_word_embeddings && name == "lm_head.weight";
         let surplus = found.iter().filter(|(name, _)| !name.ends_with(IGNORED) && !tied_head(name));
-        problems.extend(
-            surplus.map(|(name, shape)| format!("{name}: surplus, shape {shape:?}; the decoder has no place for it")),
-        );
+        problems.extend(surplus.map(|(name, shape)| {
+            format!("{name}: surplus, shape {shape:?}; the decoder has no place for it")
+        }));
         if problems.is_empty() {
             Ok(())
         } else {

@@ -50,6 +50,10 @@ const REFUSED_UNLESS: [(&str, Option<f64>); 22] = [
     ("attention_out_bias", None),
 ];
 
+/// Far more than any decoder has. The names of four billion layers would fill the memory before
+/// the first of them is found missing.
+const MOST_LAYERS: usize = 1024;
+
 impl DecoderConfig {
     /// Reads `config.json`. Whatever would change the result and is not computed here is
     /// refused by name, all of it at once.
@@ -89,12 +93,14 @@ impl DecoderConfig {
         let mut problems = Vec::new();
         let (q, kv) = (self.num_attention_heads, self.num_key_value_heads);
         if kv == 0 || !q.is_multiple_of(kv) {
-            problems.push(format!(
-                "num_attention_heads {q} is not a multiple of num_key_value_heads {kv}"
-            ));
+            problems.push(format!("num_attention_heads {q} is not a multiple of num_key_value_heads {kv}"));
         }
         if !self.head_dim.is_multiple_of(2) {
             problems.push(format!("head_dim: expected an even number, found {}", self.head_dim));
+        }
+        if self.num_hidden_layers > MOST_LAYERS {
+            let found = self.num_hidden_layers;
+            problems.push(format!("num_hidden_layers: expected at most {MOST_LAYERS}, found {found}"));
         }
         problems
     }
@@ -114,8 +120,7 @@ impl DecoderConfig {
                 "original_max_position_embeddings": original_context as u64,
             }),
         };
-        let old_scaling =
-            if self.rope_scaling == RopeScaling::None { Value::Null } else { scaling.clone() };
+        let old_scaling = if self.rope_scaling == RopeScaling::None { Value::Null } else { scaling.clone() };
         scaling["rope_theta"] = json!(self.rope_theta);
         json!({
             "architectures": ["LlamaForCausalLM"],
@@ -269,20 +274,28 @@ impl Keys<'_> {
     fn rope(&mut self) -> (f64, RopeScaling) {
         let theta = self.number_or("rope_theta", 10_000.0);
         let nested = ["rope_parameters", "rope_scaling"].into_iter().find_map(|k| match self.map.get(k) {
+            None | Some(Value::Null) => None,
             Some(Value::Object(o)) => Some((k, o)),
-            _ => None,
+            Some(found) => {
+                self.problems.push(format!("{k}: expected an object, found {found}"));
+                None
+            }
         });
         let Some((name, map)) = nested else { return (theta, RopeScaling::None) };
         let mut keys = Keys { map, problems: Vec::new() };
         let theta = keys.number_or("rope_theta", theta);
-        let kind = map.get("rope_type").or_else(|| map.get("type")).and_then(Value::as_str);
+        let kind = match map.get("rope_type").or_else(|| map.get("type")) {
+            None | Some(Value::Null) => "default".to_owned(),
+            Some(Value::String(kind)) => kind.clone(),
+            Some(found) => found.to_string(),
+        };
         let mut required = |key: &str| {
             if !map.contains_key(key) {
                 keys.problems.push(format!("{key}: missing"));
             }
             keys.number_or(key, 1.0)
         };
-        let scaling = match kind.unwrap_or("default") {
+        let scaling = match kind.as_str() {
             "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: required("factor") },
             "llama3" => RopeScaling::Llama3 {
@@ -292,9 +305,8 @@ impl Keys<'_> {
                 original_context: required("original_max_position_embeddings"),
             },
             other => {
-                keys.problems.push(format!(
-                    "rope_type: '{other}' is not supported (default, linear and llama3 are)"
-                ));
+                keys.problems
+                    .push(format!("rope_type: '{other}' is not supported (default, linear and llama3 are)"));
                 RopeScaling::None
             }
         };

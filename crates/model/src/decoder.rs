@@ -67,9 +67,7 @@ impl Decoder {
 
     /// Embeddings of `token_ids`, `[tokens, hidden]`.
     pub fn embed(&self, token_ids: &[u32]) -> Tensor<2> {
-        let ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [token_ids.len()]), &self.device);
-        self.embed_tokens.clone().select(0, ids)
+        rows(self.embed_tokens.clone(), token_ids, &self.device)
     }
 
     /// The layout of records that lie one after another.
@@ -117,6 +115,34 @@ impl Decoder {
     fn project(&self, hidden: Tensor<2>) -> Tensor<2> {
         self.final_norm(hidden).matmul(self.lm_head.clone().transpose())
     }
+}
+
+/// What [`Decoder::logits`] computes, without a decoder: each block is read, run and dropped in
+/// turn, so that a base of any size takes the memory of one block, or of its embeddings.
+pub fn streamed_logits(
+    base: &Base,
+    device: &Device,
+    token_ids: &[u32],
+    mode: ForwardMode,
+) -> Result<Tensor<2>, ModelError> {
+    let config = &base.config;
+    let mut loader = Loader { base, device, done: 0, progress: &mut |_| {} };
+    let mut x = rows(loader.matrix("model.embed_tokens.weight")?, token_ids, device);
+    let positions: Vec<u32> = (0..token_ids.len() as u32).collect();
+    let whole: Range<usize> = 0..token_ids.len();
+    let layout = Layout::documents(&rotary(config), &positions, std::slice::from_ref(&whole), device);
+    for layer in 0..config.num_hidden_layers {
+        x = loader.block(config, &block_prefix(layer))?.forward(x, &layout, mode, None);
+    }
+    let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let hidden = rms_norm(x, &loader.vector("model.norm.weight")?, config.rms_norm_eps);
+    Ok(hidden.matmul(loader.matrix(head)?.transpose()))
+}
+
+/// Embeddings of `token_ids`, `[tokens, hidden]`.
+fn rows(embed_tokens: Tensor<2>, token_ids: &[u32], device: &Device) -> Tensor<2> {
+    let ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
+    embed_tokens.select(0, Tensor::<1, Int>::from_data(TensorData::new(ids, [token_ids.len()]), device))
 }
 
 /// Reads tensors onto a device, counting them.

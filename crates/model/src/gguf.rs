@@ -7,7 +7,7 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use memmap2::Mmap;
 use pronk_kernels::RopeScaling;
 use safetensors::Dtype;
@@ -38,14 +38,35 @@ impl GgufFile {
             let cut = format!("not a whole GGUF file ({e}); if it was downloaded, download it again");
             ModelError::malformed(path, cut)
         })?;
-        let names =
-            content.tensor_infos.keys().map(|name| (hugging_face_name(name), name.clone())).collect();
+        let names = content.tensor_infos.keys().map(|name| (hugging_face_name(name), name.clone())).collect();
         let mut file = Self { path: path.into(), mapped, content, names, heads: 1, kv_heads: 1 };
+        file.check_length()?;
         let config = file.config()?;
         (file.heads, file.kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         // The frequencies' factors are the configuration's, not a weight.
         file.names.remove(ROPE_FREQS);
         Ok((file, config))
+    }
+
+    /// Refuses a file that ends before its last tensor does, as one whose download broke off.
+    fn check_length(&self) -> Result<(), ModelError> {
+        let end = |info: &TensorInfo| {
+            let numbers = info.shape.dims().iter().try_fold(1usize, |n, &size| n.checked_mul(size))?;
+            let blocks = numbers.div_ceil(info.ggml_dtype.block_size());
+            let bytes = blocks.checked_mul(info.ggml_dtype.type_size())? as u64;
+            self.content.tensor_data_offset.checked_add(info.offset)?.checked_add(bytes)
+        };
+        let last = self.content.tensor_infos.iter().max_by_key(|(_, info)| end(info).unwrap_or(u64::MAX));
+        let Some((name, info)) = last else { return Ok(()) };
+        let (end, length) = (end(info).unwrap_or(u64::MAX), self.mapped.len() as u64);
+        if end <= length {
+            return Ok(());
+        }
+        let cut = format!(
+            "not a whole GGUF file (tensor {name} ends at byte {end}, the file at {length}); \
+             if it was downloaded, download it again"
+        );
+        Err(ModelError::malformed(&self.path, cut))
     }
 
     /// A text of the metadata.
@@ -178,9 +199,7 @@ impl GgufFile {
                 })
                 .into_iter()
                 .find(fits)
-                .ok_or_else(|| {
-                    format!("{ROPE_FREQS}: these factors are those of no known Llama 3 release")
-                });
+                .ok_or_else(|| format!("{ROPE_FREQS}: these factors are those of no known Llama 3 release"));
         }
         match self.text("llama.rope.scaling.type").unwrap_or("none") {
             "none" => Ok(RopeScaling::None),
@@ -269,7 +288,10 @@ mod tests {
     #[test]
     fn names_are_hugging_faces() {
         assert_eq!(hugging_face_name("blk.12.attn_output.weight"), "model.layers.12.self_attn.o_proj.weight");
-        assert_eq!(hugging_face_name("blk.0.ffn_norm.weight"), "model.layers.0.post_attention_layernorm.weight");
+        assert_eq!(
+            hugging_face_name("blk.0.ffn_norm.weight"),
+            "model.layers.0.post_attention_layernorm.weight"
+        );
         assert_eq!(hugging_face_name("output.weight"), "lm_head.weight");
         assert_eq!(hugging_face_name("blk.0.strange.weight"), "blk.0.strange.weight");
     }

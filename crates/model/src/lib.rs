@@ -19,7 +19,7 @@ mod safetensors_files;
 pub use base::{Base, Shard};
 pub use block::{Block, LayerCache, Layout};
 pub use config::DecoderConfig;
-pub use decoder::Decoder;
+pub use decoder::{Decoder, streamed_logits};
 pub use error::ModelError;
 pub use generate::{Sampling, generate};
 pub use gguf::GgufFile;

@@ -103,7 +103,6 @@ impl SafetensorsFiles {
         let files = self.files.iter().enumerate();
         files.map(|(i, (file, _))| Shard { file: file.clone(), tensors: names(i) }).collect()
     }
-
 }
 
 fn broken(path: &Path, error: &safetensors::SafeTensorError) -> ModelError {

@@ -1,1 +1,35 @@
-//! pronk-train
+//! The training loop: from prepared rows to a tuned adapter in a run folder.
+//!
+//! [`Trainer`] is the loop; [`loss_and_gradients`] carries one micro-batch forwards
+//! and backwards, block by block. Where a step's rows, its learning rate and its dropout come
+//! from depends on the step's number alone, so a run that goes on from a checkpoint is the same run.
+
+mod backprop;
+mod card;
+mod checkpoint;
+mod config;
+mod error;
+mod gradients;
+mod memory;
+mod metrics;
+mod optimizer;
+mod plan;
+mod run_folder;
+mod samples;
+mod schedule;
+mod trainer;
+
+pub use backprop::{MicroBatchLoss, loss_and_gradients, loss_only};
+pub use card::ModelCard;
+pub use checkpoint::{Checkpoint, TrainerState};
+pub use config::{Recompute, TrainConfig};
+pub use error::TrainError;
+pub use gradients::Gradients;
+pub use memory::peak_memory_bytes;
+pub use metrics::{EvalRecord, StepRecord};
+pub use optimizer::Optimizer;
+pub use plan::Plan;
+pub use run_folder::RunFolder;
+pub use samples::{SamplePrompt, SampleRound, Samples};
+pub use schedule::{Schedule, learning_rate};
+pub use trainer::{Ending, Observer, Summary, Trainer};

@@ -73,7 +73,7 @@ fn a_broken_line_is_one_bad_record() {
     assert!(shown[0].contains("record 2 (line 3): broken JSON at column"), "{shown:?}");
     assert!(shown[1].contains("record 3 (line 4): expected an object"), "{shown:?}");
     assert!(
-        shown[2].contains("record 4 (line 5): broken JSON at column 38: trailing characters"),
+        shown[2].contains("record 4 (line 5): broken JSON at column 37: trailing characters"),
         "{shown:?}"
     );
 }
@@ -105,11 +105,8 @@ fn files_that_are_wrong_as_a_whole() {
     assert!(error.contains("is one JSON object") && error.contains("jq"), "{error}");
     let error = complaint(b"[{\"instruction\": \"a\",\n\"output\": \"\xe4\"}]");
     assert!(error.contains("invalid UTF-8 at byte 33 (line 2)"), "{error}");
-    assert!(
-        complaint("[".repeat(100_000)).contains("recursion limit"),
-        "deep nesting does not overflow the stack"
-    );
-    assert!(complaint("\0\0\0\0").contains("broken JSON") || read("\0\0\0\0").is_ok());
+    let deep = format!("[{{\"instruction\": {}", "[{\"a\":".repeat(100_000));
+    assert!(complaint(deep).contains("broken JSON"), "deep nesting does not overflow the stack");
 }
 
 #[test]

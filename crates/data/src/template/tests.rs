@@ -89,7 +89,8 @@ fn a_filter_may_change_the_output_alone() {
     let template = PromptTemplate::new("t", "Q: {{ instruction }}\nA: {{ output | trim | upper }}.").unwrap();
     assert_eq!(rendered(&template, &record("x", "", "  yes\n")), ("Q: x\nA: ".into(), "YES.".into()));
     let template =
-        PromptTemplate::new("t", "{% if output | length > 20 %}At length. {% endif %}{{ output }}").unwrap();
+        PromptTemplate::new("t", "{% if output | length > 20 %}Long{% else %}Short{% endif %}: {{ output }}")
+            .unwrap();
     let error = template.render(&record("x", "", &"long ".repeat(9))).unwrap_err().to_string();
     assert!(error.contains("changes with the output"), "{error}");
 }

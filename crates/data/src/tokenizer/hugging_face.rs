@@ -1,6 +1,6 @@
 //! A tokenizer from a Hugging Face directory.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -190,7 +190,7 @@ enum Merge {
 fn check_merges(text: &str) -> Result<(), String> {
     let file: Merges = serde_json::from_str(text).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
     let Value::Object(vocab) = &file.model.vocab else { return Ok(()) };
-    let tokens: HashMap<&str, ()> = vocab.keys().map(|token| (token.as_str(), ())).collect();
+    let tokens: HashSet<&str> = vocab.keys().map(String::as_str).collect();
     for (number, merge) in file.model.merges.iter().enumerate() {
         let (left, right) = match merge {
             Merge::Pair(left, right) => (left.as_str(), right.as_str()),
@@ -199,7 +199,7 @@ fn check_merges(text: &str) -> Result<(), String> {
                 .ok_or_else(|| format!("merge {number} is {line:?}, expected two tokens"))?,
         };
         let merged = format!("{left}{right}");
-        if let Some(missing) = [left, right, &merged].into_iter().find(|token| !tokens.contains_key(*token)) {
+        if let Some(missing) = [left, right, &merged].into_iter().find(|token| !tokens.contains(*token)) {
             return Err(format!(
                 "merge {number} needs the token {missing:?}, which is not in the vocabulary"
             ));

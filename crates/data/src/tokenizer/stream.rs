@@ -40,7 +40,12 @@ impl<'a> DecodeStream<'a> {
         let before = self.tokenizer.decode(shown)?;
         let after = self.tokenizer.decode(&self.ids)?;
         let undecided = after.ends_with('\u{fffd}') && held_back.len() < LONGEST_CHARACTER;
-        if after.len() <= before.len() || (undecided && !all) {
+        if undecided && !all {
+            return Ok(String::new());
+        }
+        if after.len() <= before.len() {
+            // Special tokens and such: nothing to show, but nothing held back either.
+            self.shown = self.ids.len();
             return Ok(String::new());
         }
         let text =

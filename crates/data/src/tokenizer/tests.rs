@@ -246,3 +246,18 @@ fn fingerprints_tell_tokenizers_apart() {
     vocabulary.pre = None;
     assert_ne!(one, TextTokenizer::from_gguf(&vocabulary).unwrap().fingerprint().unwrap());
 }
+
+#[test]
+fn an_encoder_gives_the_same_ids_the_first_time_and_again() {
+    for name in ["smollm", "gpt2", "llama3", "qwen2", "sentence_piece"] {
+        let (vocabulary, cases) = tiny(name);
+        let tokenizer = TextTokenizer::from_gguf(&vocabulary).unwrap();
+        let mut encoder = tokenizer.encoder();
+        let mut ids = Vec::new();
+        for (text, expected) in cases.iter().chain(&cases) {
+            let before = ids.len();
+            encoder.encode(text, &mut ids).unwrap();
+            assert_eq!(&ids[before..], expected, "{name}: {text:?}");
+        }
+    }
+}

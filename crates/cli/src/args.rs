@@ -1,0 +1,176 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Cheap instruction tuning: a LoRA adapter and a merged model from an instruction JSON.
+#[derive(Debug, Parser)]
+#[command(name = "pronk", version, propagate_version = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Tokenizes instruction files into a prepared file
+    Prep(Prep),
+    /// Tunes an adapter by a recipe, or goes on with a run
+    Train(Train),
+    /// Adds an adapter to its base, and proves the result
+    Merge(Merge),
+    /// Answers an instruction
+    Generate(Generate),
+    /// Shows what a prepared file holds, or what a model computes
+    Inspect(Inspect),
+    /// Lists the devices this binary can use
+    Devices,
+}
+
+#[derive(Debug, Args)]
+pub struct Prep {
+    /// Instruction files: a JSON array, or JSON Lines, of {instruction, input, output}
+    #[arg(long, num_args = 1.., required = true)]
+    pub data: Vec<PathBuf>,
+    /// The base whose tokenizer is used: a Hugging Face directory, a GGUF file, or a hub id
+    #[arg(long)]
+    pub base: String,
+    /// The prepared file to write
+    #[arg(long)]
+    pub out: PathBuf,
+    /// alpaca, alpaca-short, vicuna, or a minijinja file
+    #[arg(long, default_value = "alpaca")]
+    pub template: String,
+    /// Tokens of a row at most; what is beyond is cut away and counted
+    #[arg(long, default_value_t = 512)]
+    pub max_seq_len: usize,
+    /// Learn the prompts too
+    #[arg(long)]
+    pub train_on_inputs: bool,
+    /// Rows to hold out for evaluation
+    #[arg(long, default_value_t = 0)]
+    pub val_size: usize,
+    /// Go on without the records that cannot be read
+    #[arg(long)]
+    pub skip_bad: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Train {
+    /// The recipe, a TOML file
+    #[arg(required_unless_present = "resume", conflicts_with = "resume")]
+    pub recipe: Option<PathBuf>,
+    /// Go on with the run in this folder, from its newest checkpoint
+    #[arg(long, value_name = "RUN")]
+    pub resume: Option<PathBuf>,
+    /// Change a knob of the recipe, such as train.max_steps=8
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    #[command(flatten)]
+    pub device: DeviceArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct Merge {
+    /// The base: a Hugging Face directory, a GGUF file, or a hub id
+    #[arg(long)]
+    pub base: String,
+    /// The adapter's directory
+    #[arg(long)]
+    pub adapter: PathBuf,
+    /// The directory to write; it must not exist, or be empty
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Format of the weights; left out, each tensor keeps its own
+    #[arg(long, value_enum)]
+    pub dtype: Option<Dtype>,
+    #[command(flatten)]
+    pub device: DeviceArgument,
+}
+
+/// Formats of merged weights.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// The base: a Hugging Face directory, a GGUF file, or a hub id
+    #[arg(long)]
+    pub base: String,
+    /// The adapter's directory
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    /// What to do
+    #[arg(long)]
+    pub instruction: String,
+    /// What to do it with
+    #[arg(long, default_value = "")]
+    pub input: String,
+    /// alpaca, alpaca-short, vicuna, or a minijinja file: the one the adapter was trained with
+    #[arg(long, default_value = "alpaca")]
+    pub template: String,
+    /// Tokens of the answer at most
+    #[arg(long, default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// 0 always takes the likeliest token
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Seeds the draws
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub device: DeviceArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct Inspect {
+    #[command(subcommand)]
+    pub what: What,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum What {
+    /// A prepared file: its summary, or one row's exact tokens
+    Data {
+        /// The prepared file
+        file: PathBuf,
+        /// The row to show, counted from 0; held-out rows come behind the others
+        #[arg(long)]
+        row: Option<usize>,
+        /// The base whose tokens the file holds; left out, the base it was prepared with
+        #[arg(long)]
+        base: Option<String>,
+    },
+    /// The logits of every token of a text, as a safetensors file to compare runtimes with
+    Logits {
+        /// The base: a Hugging Face directory, a GGUF file, or a hub id
+        #[arg(long)]
+        base: String,
+        /// The adapter's directory
+        #[arg(long)]
+        adapter: Option<PathBuf>,
+        /// The text, as it is: no template
+        #[arg(long)]
+        text: String,
+        /// The file to write: `token_ids` int64 [tokens], `logits` float32 [tokens, vocab]
+        #[arg(long)]
+        out: PathBuf,
+        #[command(flatten)]
+        device: DeviceArgument,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct DeviceArgument {
+    /// auto, cpu, cuda:N, rocm:N, vulkan:N, metal:N, tch:cpu, tch:cuda:N
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+}

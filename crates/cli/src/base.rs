@@ -1,0 +1,124 @@
+//! `BASE` on the command line: a path or a hub id becomes an opened base with its tokenizer.
+
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use pronk_data::{GgufVocabulary, TextTokenizer};
+use pronk_kernels::open_device;
+use pronk_lora::Adapter;
+use pronk_model::{Base, Decoder, GgufFile};
+
+use crate::progress;
+
+/// A base with its tokenizer, on the disk.
+pub struct OpenedBase {
+    pub base: Base,
+    pub tokenizer: TextTokenizer,
+    /// As it was named: what an adapter says it belongs to.
+    pub name: String,
+}
+
+/// Opens `name`: a path relative to `folder`, or a hub id.
+pub fn open(name: &str, folder: &Path) -> Result<OpenedBase> {
+    let path = locate(name, folder)?;
+    let base = Base::open(&path).into_diagnostic()?;
+    let tokenizer = match base.gguf() {
+        Some(file) => TextTokenizer::from_gguf(&vocabulary(file)),
+        None => TextTokenizer::from_dir(&path),
+    };
+    let tokenizer = tokenizer.into_diagnostic().wrap_err_with(|| format!("the tokenizer of {name}"))?;
+    Ok(OpenedBase { base, tokenizer, name: name.to_owned() })
+}
+
+/// The tokenizer alone, for work that touches no weights.
+pub fn locate(name: &str, folder: &Path) -> Result<PathBuf> {
+    let path = folder.join(name);
+    if path.exists() {
+        return Ok(path);
+    }
+    let mut parts = name.split('/');
+    let is_word = |part: Option<&str>| part.is_some_and(|p| !p.is_empty() && !p.starts_with('.'));
+    let is_hub_id = is_word(parts.next()) && is_word(parts.next()) && parts.next().is_none();
+    let gguf = Path::new(name).extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if !is_hub_id || gguf {
+        return Err(miette!(
+            "{}: no such base; expected a Hugging Face directory, a .gguf file, or a hub id such as \
+             meta-llama/Llama-2-7b-hf",
+            path.display()
+        ));
+    }
+    download(name)
+        .into_diagnostic()
+        .wrap_err_with(|| {
+            format!(
+                "{name}: there is no such path, and as a hub id it could not be fetched. Without a network, give \
+                 the path of a downloaded directory; a gated model needs its licence accepted and HF_TOKEN set"
+            )
+        })
+}
+
+/// Fetches a model repository's files into the hub cache; those that are there already stay.
+fn download(id: &str) -> Result<PathBuf, hf_hub::api::sync::ApiError> {
+    let repo = ApiBuilder::from_env().with_progress(true).build()?.model(id.to_owned());
+    let wanted = |name: &str| {
+        let kept = [".json", ".safetensors", ".jinja", "tokenizer.model"];
+        !name.contains('/') && kept.iter().any(|end| name.ends_with(end))
+    };
+    let names: Vec<String> =
+        repo.info()?.siblings.into_iter().map(|s| s.rfilename).filter(|n| wanted(n)).collect();
+    let fetch = |repo: &ApiRepo, name: &String| repo.get(name);
+    for name in &names {
+        fetch(&repo, name)?;
+    }
+    let config = repo.get("config.json")?;
+    Ok(config.parent().unwrap_or(Path::new(".")).to_owned())
+}
+
+/// The tokenizer's part of a GGUF file's metadata.
+fn vocabulary(file: &GgufFile) -> GgufVocabulary {
+    let text = |key: &str| file.text(&format!("tokenizer.{key}")).map(str::to_owned);
+    let id = |key: &str| file.number(&format!("tokenizer.ggml.{key}_token_id")).map(|n| n as u32);
+    let flag = |key: &str| file.number(&format!("tokenizer.ggml.{key}")).map(|n| n != 0.0);
+    GgufVocabulary {
+        model: text("ggml.model").unwrap_or_default(),
+        pre: text("ggml.pre"),
+        tokens: file.texts("tokenizer.ggml.tokens"),
+        token_types: file.numbers("tokenizer.ggml.token_type").into_iter().map(|n| n as i32).collect(),
+        merges: file.texts("tokenizer.ggml.merges"),
+        scores: file.numbers("tokenizer.ggml.scores").into_iter().map(|n| n as f32).collect(),
+        bos: id("bos"),
+        eos: id("eos"),
+        add_bos: flag("add_bos_token"),
+        add_space_prefix: flag("add_space_prefix"),
+        chat_template: text("chat_template"),
+    }
+}
+
+impl OpenedBase {
+    /// Reads the weights onto `device`, with a bar.
+    pub fn load(&self, device: &str) -> Result<Decoder> {
+        let device = open_device(device).into_diagnostic()?;
+        let bar = progress::bar("reading the base", self.base.config.tensors().len());
+        let decoder = Decoder::load(&self.base, &device, |done, _| bar.set_position(done as u64));
+        bar.finish_and_clear();
+        decoder.into_diagnostic()
+    }
+
+    /// An adapter for this base.
+    pub fn load_adapter(&self, dir: &Path, decoder: &Decoder) -> Result<Adapter> {
+        Adapter::load(dir, &self.base.config.linear_modules(), decoder.device()).into_diagnostic()
+    }
+
+    /// A tokenizer may know more tokens than the base has embeddings for.
+    pub fn must_embed(&self, highest: Option<u32>) -> Result<()> {
+        let vocab_size = self.base.config.vocab_size;
+        match highest {
+            Some(id) if id as usize >= vocab_size => Err(miette!(
+                "{}: the tokenizer gives token {id}, but the base has embeddings for {vocab_size} tokens only",
+                self.name
+            )),
+            _ => Ok(()),
+        }
+    }
+}

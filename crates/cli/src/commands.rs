@@ -1,0 +1,32 @@
+//! One file a command.
+
+mod devices;
+mod generate;
+mod inspect;
+mod merge;
+mod prep;
+mod train;
+
+use std::process::ExitCode;
+
+use miette::Result;
+
+use crate::args::{Arguments, Command, What};
+
+/// Runs what the command line asks for.
+pub fn run(arguments: Arguments) -> Result<ExitCode> {
+    match arguments.command {
+        Command::Prep(args) => prep::run(args),
+        Command::Train(args) => return train::run(args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Inspect(args) => match args.what {
+            What::Data { file, row, base } => inspect::data(&file, row, base.as_deref()),
+            What::Logits { base, adapter, text, out, device } => {
+                inspect::logits(&base, adapter.as_deref(), &text, &out, &device.device)
+            }
+        },
+        Command::Devices => devices::run(),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,81 @@
+use std::fmt::Write;
+use std::path::Path;
+
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use pronk_data::{ExampleView, PreparedDataset, TextTokenizer};
+use pronk_lora::ForwardMode;
+use safetensors::{Dtype, tensor::TensorView};
+
+use super::prep;
+use crate::base;
+use crate::terminal::{print, stdout_has_colour};
+
+/// `pronk inspect data`
+pub fn data(file: &Path, row: Option<usize>, base: Option<&str>) -> Result<()> {
+    let prepared = PreparedDataset::read(file).into_diagnostic()?;
+    let Some(row) = row else {
+        print(&prep::summary(&prepared.report));
+        return Ok(());
+    };
+    let train = prepared.train.len();
+    let rows = train + prepared.validation.len();
+    let example = if row < train { prepared.train.get(row) } else { prepared.validation.get(row - train) };
+    let Some(example) = example else {
+        return Err(miette!("--row {row}: {} has {rows} rows, counted from 0", file.display()));
+    };
+    let Some(base) = base else {
+        return Err(miette!(
+            "--row shows tokens as text: add --base with the base the file was prepared for"
+        ));
+    };
+    let opened = base::open(base, Path::new("."))?;
+    let held_out = if row < train { "" } else { ", held out" };
+    print(&format!("row {row}{held_out}: {} tokens, {} learned\n", example.tokens(), example.supervised()));
+    print(&tokens(example, &opened.tokenizer, stdout_has_colour()));
+    Ok(())
+}
+
+/// Each token with its id, prompt and response told apart by colour and by a mark.
+fn tokens(example: ExampleView, tokenizer: &TextTokenizer, colour: bool) -> String {
+    let mut text = String::new();
+    for (&id, &learned) in example.token_ids.iter().zip(example.loss_mask) {
+        let spelled = tokenizer.token(id).unwrap_or_else(|| "(no such token)".into());
+        let plain = tokenizer.decode_with_specials(&[id]).unwrap_or_default();
+        let mark = if learned { "response" } else { "prompt  " };
+        let note = match id {
+            id if tokenizer.eos_ids().contains(&id) => " EOS",
+            id if Some(id) == tokenizer.bos() => " BOS",
+            _ => "",
+        };
+        let (on, off) = match (colour, learned) {
+            (false, _) => ("", ""),
+            (true, true) => ("\x1b[32m", "\x1b[0m"),
+            (true, false) => ("\x1b[2;36m", "\x1b[0m"),
+        };
+        let _ = writeln!(text, "{on}{mark} {id:>7} {plain:?} {spelled}{note}{off}");
+    }
+    text
+}
+
+/// `pronk inspect logits`
+pub fn logits(name: &str, adapter: Option<&Path>, text: &str, out: &Path, device: &str) -> Result<()> {
+    let opened = base::open(name, Path::new("."))?;
+    let ids = opened.tokenizer.encode_prompt(text).into_diagnostic()?;
+    if ids.is_empty() {
+        return Err(miette!("--text: expected at least one token, found none"));
+    }
+    opened.must_embed(ids.iter().max().copied())?;
+    let decoder = opened.load(device)?;
+    let adapter = adapter.map(|dir| opened.load_adapter(dir, &decoder)).transpose()?;
+    let logits = decoder.logits(&ids, ForwardMode::inference(adapter.as_ref()));
+    let shape = logits.dims().to_vec();
+    let values: Vec<f32> = logits.try_into_vec_as().map_err(|e| miette!("{e}"))?;
+    let values: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+    let token_ids: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();
+    let views = [
+        ("token_ids", TensorView::new(Dtype::I64, vec![ids.len()], &token_ids).into_diagnostic()?),
+        ("logits", TensorView::new(Dtype::F32, shape, &values).into_diagnostic()?),
+    ];
+    let bytes = safetensors::serialize(views, None).into_diagnostic()?;
+    std::fs::write(out, bytes).into_diagnostic().wrap_err_with(|| out.display().to_string())
+}

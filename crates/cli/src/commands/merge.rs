@@ -1,0 +1,56 @@
+use std::path::Path;
+
+use miette::{IntoDiagnostic, Result};
+use pronk_data::PromptTemplate;
+use pronk_export::{Dtype, MergeOptions, MergeReport, Verification, merge};
+use pronk_kernels::open_device;
+use pronk_lora::Adapter;
+
+use crate::args::{self, Merge};
+use crate::terminal::print;
+use crate::{base, progress};
+
+/// The merged model is compared with base and adapter on this instruction.
+const PROOF: &str = "Explain in two sentences how a seed becomes a tree.";
+
+/// `pronk merge`
+pub fn run(args: &Merge) -> Result<()> {
+    let opened = base::open(&args.base, Path::new("."))?;
+    let device = open_device(&args.device.device).into_diagnostic()?;
+    let modules = opened.base.config.linear_modules();
+    let adapter = Adapter::load(&args.adapter, &modules, &device).into_diagnostic()?;
+    let prompt = PromptTemplate::load("alpaca").and_then(|t| t.render_prompt(PROOF, "")).into_diagnostic()?;
+    let mut prompt = opened.tokenizer.encode_prompt(&prompt).into_diagnostic()?;
+    prompt.truncate(opened.base.config.max_position_embeddings);
+    opened.must_embed(prompt.iter().max().copied())?;
+
+    let dtype = args.dtype.map(|dtype| match dtype {
+        args::Dtype::F32 => Dtype::F32,
+        args::Dtype::F16 => Dtype::F16,
+        args::Dtype::Bf16 => Dtype::Bf16,
+    });
+    let options = MergeOptions { dtype, prompt, ..MergeOptions::default() };
+    let bar = progress::bar("merging", 0);
+    let mut progress = |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    };
+    // A directory's tokenizer files are copied as they are; a GGUF file has none to copy.
+    let mut finish = |dir: &Path| match opened.base.gguf() {
+        Some(_) => Ok(opened.tokenizer.save(dir)?),
+        None => Ok(()),
+    };
+    let report = merge(&opened.base, &adapter, &args.out, &options, &device, &mut progress, &mut finish);
+    bar.finish_and_clear();
+    let MergeReport { files, tensors, adapted, bytes, verification } = report.into_diagnostic()?;
+    let Verification { max_abs_difference, max_logit, kl } = verification;
+    print(&format!(
+        "merged {adapted} of {tensors} tensors into {} file(s), {:.2} GB: {}\n\
+         against base + adapter: logits differ by {max_abs_difference:.2e} at most (largest logit {max_logit:.1}), \
+         KL {kl:.2e} nats\n",
+        files.len(),
+        bytes as f64 / 1e9,
+        args.out.display()
+    ));
+    Ok(())
+}

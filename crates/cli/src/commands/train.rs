@@ -1,0 +1,188 @@
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use pronk_data::{PreparedDataset, PromptTemplate, TextTokenizer, key};
+use pronk_lora::Adapter;
+use pronk_model::Decoder;
+use pronk_train::{Ending, ModelCard, RunFolder, SamplePrompt, Samples, Summary, Trainer};
+
+use super::prep;
+use crate::args::Train;
+use crate::base::{self, OpenedBase};
+use crate::progress::TrainingProgress;
+use crate::recipe::Recipe;
+use crate::terminal::print;
+
+/// Held-out rows whose prompts are answered before, during and after.
+const SAMPLE_PROMPTS: usize = 3;
+const SAMPLE_TOKENS: usize = 96;
+
+/// `pronk train`
+pub fn run(args: Train) -> Result<ExitCode> {
+    let recipe_path = match (&args.recipe, &args.resume) {
+        (Some(recipe), _) => recipe.clone(),
+        (None, Some(run)) => RunFolder::open(run).into_diagnostic()?.recipe(),
+        (None, None) => return Err(miette!("expected a recipe, or --resume with a run's folder")),
+    };
+    let recipe = Recipe::read(&recipe_path, &args.set)?;
+    let opened = base::open(&recipe.base.path, Path::new("."))?;
+    let folder = match &args.resume {
+        Some(run) => RunFolder::open(run).into_diagnostic()?,
+        None => new_folder(&recipe)?,
+    };
+    let data = prepared(&recipe, &opened.tokenizer, &folder)?;
+    opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
+    let decoder = opened.load(&args.device.device)?;
+    let adapter = initial_adapter(&recipe, &opened, &decoder)?;
+    let card = ModelCard {
+        base: opened.name.clone(),
+        data: recipe.data.files.iter().filter_map(|f| Some(f.file_name()?.to_str()?.to_owned())).collect(),
+        template: recipe.data.template.clone(),
+        data_key: data.key.clone(),
+    };
+    let samples = Samples::new(sample_prompts(&recipe, &data, &opened.tokenizer)?, SAMPLE_TOKENS);
+    let mut trainer = Trainer::new(
+        &decoder,
+        &opened.tokenizer,
+        &data,
+        recipe.data.order,
+        recipe.train.clone(),
+        adapter,
+        folder.clone(),
+        card,
+        samples,
+    )
+    .into_diagnostic()?;
+    let mut progress = TrainingProgress::new(0, trainer.total_steps());
+    if args.resume.is_some() {
+        trainer = trainer.resume(&mut progress).into_diagnostic()?;
+        progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
+    }
+    let stop = stop_on_signal()?;
+    let ending = trainer.run(&mut progress, &stop).into_diagnostic();
+    progress.finish();
+    Ok(report(&ending?, &folder))
+}
+
+/// A new run's folder with the resolved recipe in it.
+fn new_folder(recipe: &Recipe) -> Result<RunFolder> {
+    let text = recipe.to_toml()?;
+    let folder = RunFolder::create(&recipe.run.dir).into_diagnostic()?;
+    RunFolder::write(&folder.recipe(), text.as_bytes()).into_diagnostic()?;
+    Ok(folder)
+}
+
+/// The run's prepared rows: read where they are there and fresh, else made.
+fn prepared(recipe: &Recipe, tokenizer: &TextTokenizer, folder: &RunFolder) -> Result<PreparedDataset> {
+    let config = recipe.prepare_config();
+    let path = folder.root().join("prepared.safetensors");
+    let template = PromptTemplate::load(&config.template).into_diagnostic()?;
+    let wanted = key(&config, &template, tokenizer).into_diagnostic()?;
+    if let Ok(found) = PreparedDataset::read(&path)
+        && found.key == wanted
+    {
+        return Ok(found);
+    }
+    let data = prep::with_bar(&config, tokenizer)?;
+    data.write(&path).into_diagnostic()?;
+    print(&prep::summary(&data.report));
+    Ok(data)
+}
+
+fn initial_adapter(recipe: &Recipe, opened: &OpenedBase, decoder: &Decoder) -> Result<Adapter> {
+    let modules = opened.base.config.linear_modules();
+    let Some(dir) = &recipe.lora.init_adapter else {
+        return Adapter::init(&recipe.lora.config, &modules, recipe.train.seed, decoder.device())
+            .into_diagnostic();
+    };
+    let mut adapter = opened.load_adapter(dir, decoder).wrap_err("lora.init_adapter")?;
+    let (found, wanted) = (&adapter.config, &recipe.lora.config);
+    if found.rank != wanted.rank || (found.scale() - wanted.scale()).abs() > 1e-9 * wanted.scale() {
+        return Err(miette!(
+            "lora.init_adapter: {} has rank {} and scale {}, the recipe asks for rank {} and scale {}",
+            dir.display(),
+            found.rank,
+            found.scale(),
+            wanted.rank,
+            wanted.scale()
+        ));
+    }
+    // What is adapted is the adapter's; how it is trained on is the recipe's.
+    adapter.config.dropout = wanted.dropout;
+    Ok(adapter)
+}
+
+/// Prompts of held-out rows; where none can be told from its row, a few fixed ones.
+fn sample_prompts(
+    recipe: &Recipe,
+    data: &PreparedDataset,
+    tokenizer: &TextTokenizer,
+) -> Result<Vec<SamplePrompt>> {
+    if !recipe.data.train_on_inputs && !data.validation.is_empty() {
+        let prompt_of = |row: pronk_data::ExampleView| {
+            let prompt = row.loss_mask.iter().take_while(|learned| !**learned).count();
+            let token_ids = row.token_ids.get(..prompt).unwrap_or_default().to_vec();
+            Ok(SamplePrompt { text: tokenizer.decode(&token_ids)?, token_ids })
+        };
+        return data
+            .validation
+            .iter()
+            .take(SAMPLE_PROMPTS)
+            .map(prompt_of)
+            .collect::<Result<_, _>>()
+            .map_err(|e: pronk_data::DataError| miette!("{e}"));
+    }
+    let template = PromptTemplate::load(&recipe.data.template).into_diagnostic()?;
+    let instructions = [
+        "Name three things that make a good morning.",
+        "Explain why the sky is blue.",
+        "Write a short note that thanks a neighbour for help.",
+    ];
+    let prompt = |instruction: &str| {
+        let text = template.render_prompt(instruction, "")?;
+        Ok(SamplePrompt { token_ids: tokenizer.encode_prompt(&text)?, text })
+    };
+    let prompts = instructions.into_iter().map(prompt).collect::<Result<_, pronk_data::DataError>>();
+    prompts.into_diagnostic()
+}
+
+/// Set by the first Ctrl-C (or SIGTERM, or SIGHUP); a second one ends the process at once.
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if seen.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nfinishing this step, then saving; press Ctrl-C again to stop at once");
+    })
+    .into_diagnostic()?;
+    Ok(stop)
+}
+
+fn report(ending: &Ending, folder: &RunFolder) -> ExitCode {
+    let at = |path: PathBuf| path.display().to_string();
+    match ending {
+        Ending::Finished(Summary { steps, eval_before, best }) => {
+            let mut text = format!("finished {steps} steps\n");
+            if let (Some(before), Some((after, step))) = (eval_before, best) {
+                text += &format!("eval loss {before:.4} before, {after:.4} after (lowest, at step {step})\n");
+            }
+            text += &format!("adapter   {}\nsamples   {}\n", at(folder.adapter()), at(folder.samples()));
+            print(&text);
+            ExitCode::SUCCESS
+        }
+        Ending::Interrupted { step, saved } => {
+            let root = folder.root().display();
+            print(&if *saved {
+                format!("stopped after step {step}; go on with: pronk train --resume {root}\n")
+            } else {
+                format!("stopped after step {step}; nothing was saved, as train.save_steps is 0\n")
+            });
+            ExitCode::from(130)
+        }
+    }
+}

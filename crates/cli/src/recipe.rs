@@ -1,0 +1,307 @@
+//! Recipes: TOML files that say what to train, on what, and how.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use pronk_data::{Order, PrepareConfig};
+use pronk_lora::LoraConfig;
+use pronk_train::TrainConfig;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use toml::{Table, Value};
+
+/// A whole recipe. Relative paths are relative to the recipe's folder.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Recipe {
+    pub base: BaseTable,
+    pub data: DataTable,
+    pub lora: LoraTable,
+    pub train: TrainConfig,
+    pub run: RunTable,
+}
+
+/// `[base]`
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BaseTable {
+    /// A Hugging Face directory, a GGUF file, or a hub id.
+    pub path: String,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataTable {
+    /// Instruction files: a JSON array, or JSON Lines, of {instruction, input, output}.
+    pub files: Vec<PathBuf>,
+    /// alpaca, alpaca-short, vicuna, or a minijinja file.
+    pub template: String,
+    /// Tokens of a row at most; what is beyond is cut away and counted.
+    pub max_seq_len: usize,
+    /// Learn the prompts too.
+    pub train_on_inputs: bool,
+    /// Rows to hold out for evaluation. 0: none.
+    pub val_size: usize,
+    /// "shuffle" anew each epoch, or "sequential".
+    pub order: Order,
+    /// Go on without the records that cannot be read.
+    pub skip_bad: bool,
+}
+
+impl Default for DataTable {
+    fn default() -> Self {
+        Self {
+            files: Vec::new(),
+            template: "alpaca".into(),
+            max_seq_len: 512,
+            train_on_inputs: false,
+            val_size: 0,
+            order: Order::Shuffle,
+            skip_bad: false,
+        }
+    }
+}
+
+/// `[lora]`
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LoraTable {
+    #[serde(flatten)]
+    pub config: LoraConfig,
+    /// Start from this adapter directory instead of a fresh one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_adapter: Option<PathBuf>,
+}
+
+/// `[run]`
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunTable {
+    /// The run's folder.
+    pub dir: PathBuf,
+}
+
+/// Knobs that stand in no default, because they are off.
+const OPTIONAL: [(&str, &str); 2] = [("train", "max_steps"), ("lora", "init_adapter")];
+
+impl Recipe {
+    /// Reads the recipe at `path` with the changes `set` (`table.knob=value`) made to it, and its
+    /// paths made absolute. All problems are told at once.
+    pub fn read(path: &Path, set: &[String]) -> Result<Self> {
+        let text = fs::read_to_string(path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+        let mut table: Table = toml::from_str(&text).map_err(|e| miette!("{}: {e}", path.display()))?;
+        for change in set {
+            apply(&mut table, change)?;
+        }
+        let mut problems = unknown_knobs(&table);
+        let recipe = Self::from_table(table, &mut problems);
+        match recipe {
+            Some(recipe) if problems.is_empty() => recipe.with_absolute_paths(path),
+            _ => Err(miette!("{}:\n  {}", path.display(), problems.join("\n  "))),
+        }
+    }
+
+    fn from_table(mut table: Table, problems: &mut Vec<String>) -> Option<Self> {
+        let init_adapter = match table.get_mut("lora").and_then(Value::as_table_mut) {
+            Some(lora) => lora.remove("init_adapter"),
+            None => None,
+        };
+        let init_adapter = match init_adapter {
+            None => None,
+            Some(Value::String(path)) => Some(PathBuf::from(path)),
+            Some(other) => {
+                problems.push(format!("lora.init_adapter: expected a path, found {other}"));
+                None
+            }
+        };
+        let base: Option<BaseTable> = section(&mut table, "base", problems);
+        let data: Option<DataTable> = section(&mut table, "data", problems);
+        let lora: Option<LoraConfig> = section(&mut table, "lora", problems);
+        let train: Option<TrainConfig> = section(&mut table, "train", problems);
+        let run: Option<RunTable> = section(&mut table, "run", problems);
+        let recipe = Self {
+            base: base?,
+            data: data?,
+            lora: LoraTable { config: lora?, init_adapter },
+            train: train?,
+            run: run?,
+        };
+        let missing = [
+            (recipe.base.path.is_empty(), "base.path", "a Hugging Face directory, a .gguf file, or a hub id"),
+            (recipe.data.files.is_empty(), "data.files", "a list of instruction files"),
+            (recipe.run.dir.as_os_str().is_empty(), "run.dir", "the folder for the run"),
+        ];
+        problems.extend(
+            missing.iter().filter(|m| m.0).map(|(_, knob, what)| format!("{knob}: missing; expected {what}")),
+        );
+        if recipe.data.max_seq_len < 2 {
+            let found = recipe.data.max_seq_len;
+            problems.push(format!("data.max_seq_len: expected a whole number from 2, found {found}"));
+        }
+        problems.extend(recipe.train.problems().iter().map(ToString::to_string));
+        problems.extend(recipe.lora.config.validate().err().map(|e| e.to_string()));
+        Some(recipe)
+    }
+
+    fn with_absolute_paths(mut self, recipe: &Path) -> Result<Self> {
+        let recipe = std::path::absolute(recipe).into_diagnostic()?;
+        let folder = recipe.parent().unwrap_or(Path::new("/"));
+        let absolute = |path: &mut PathBuf| *path = folder.join(&*path);
+        self.data.files.iter_mut().for_each(absolute);
+        absolute(&mut self.run.dir);
+        self.lora.init_adapter.iter_mut().for_each(absolute);
+        for name in [&mut self.base.path, &mut self.data.template] {
+            // A name that is no file here is a hub id, or a template of ours.
+            let path = folder.join(&*name);
+            if path.exists() {
+                *name = path.display().to_string();
+            }
+        }
+        Ok(self)
+    }
+
+    /// The recipe with every default filled in, as it is saved with its run.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).into_diagnostic()
+    }
+
+    /// What the data crate needs of it.
+    pub fn prepare_config(&self) -> PrepareConfig {
+        let data = self.data.clone();
+        PrepareConfig {
+            files: data.files,
+            template: data.template,
+            max_seq_len: data.max_seq_len,
+            train_on_inputs: data.train_on_inputs,
+            val_size: data.val_size,
+            skip_bad: data.skip_bad,
+        }
+    }
+}
+
+fn section<T: DeserializeOwned>(table: &mut Table, name: &str, problems: &mut Vec<String>) -> Option<T> {
+    let value = table.remove(name).unwrap_or_else(|| Value::Table(Table::new()));
+    let Value::Table(mut knobs) = value else {
+        problems.push(format!("{name}: expected a table, found {value}"));
+        return None;
+    };
+    let known = known_knobs(name);
+    knobs.retain(|knob, _| known.iter().any(|k| k == knob)); // the others have been named already
+    // Knob by knob first, so that every wrong one is named.
+    let before = problems.len();
+    for (knob, value) in &knobs {
+        let one = Table::from_iter([(knob.clone(), value.clone())]);
+        if let Err(e) = one.try_into::<T>() {
+            let message = e.message().lines().next().unwrap_or_default().to_owned();
+            problems.push(format!("{name}.{knob}: {message}, found {value}"));
+        }
+    }
+    if problems.len() > before { None } else { knobs.try_into().ok() }
+}
+
+/// Names of a table's knobs: those of its defaults, and those that are off by default.
+fn known_knobs(section: &str) -> Vec<String> {
+    let table = match section {
+        "base" => Table::try_from(BaseTable::default()),
+        "data" => Table::try_from(DataTable::default()),
+        "lora" => Table::try_from(LoraConfig::default()),
+        "train" => Table::try_from(TrainConfig::default()),
+        _ => Table::try_from(RunTable::default()),
+    };
+    let optional = OPTIONAL.iter().filter(|(table, _)| *table == section).map(|(_, knob)| (*knob).to_owned());
+    table.unwrap_or_default().into_iter().map(|(knob, _)| knob).chain(optional).collect()
+}
+
+const SECTIONS: [&str; 5] = ["base", "data", "lora", "train", "run"];
+
+/// Every table and knob that a recipe does not have, with the name that was probably meant.
+fn unknown_knobs(table: &Table) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (name, value) in table {
+        if !SECTIONS.contains(&name.as_str()) {
+            let tables = SECTIONS.map(str::to_owned);
+            problems.push(format!("{name}: unknown table{}", suggestion(name, &tables)));
+            continue;
+        }
+        let known = known_knobs(name);
+        let knobs = value.as_table().into_iter().flat_map(Table::keys);
+        let unknown = knobs.filter(|knob| !known.contains(knob));
+        problems
+            .extend(unknown.map(|knob| format!("{name}.{knob}: unknown knob{}", suggestion(knob, &known))));
+    }
+    problems
+}
+
+fn suggestion(name: &str, known: &[String]) -> String {
+    let closest =
+        known.iter().max_by(|a, b| strsim::jaro_winkler(name, a).total_cmp(&strsim::jaro_winkler(name, b)));
+    match closest {
+        Some(best) if strsim::jaro_winkler(name, best) > 0.7 => format!("; did you mean {best}?"),
+        _ => format!("; there are: {}", known.join(", ")),
+    }
+}
+
+/// Makes one `--set table.knob=value`. A value that is no TOML is taken as text.
+fn apply(table: &mut Table, change: &str) -> Result<()> {
+    let expected = || miette!("--set {change}: expected table.knob=value, such as train.max_steps=8");
+    let (name, value) = change.split_once('=').ok_or_else(expected)?;
+    let (section, knob) = name.trim().split_once('.').ok_or_else(expected)?;
+    let value = match toml::from_str::<Table>(&format!("value = {value}")) {
+        Ok(mut parsed) => parsed.remove("value").unwrap_or_else(|| Value::String(value.into())),
+        Err(_) => Value::String(value.into()),
+    };
+    let section = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
+    let section = section.as_table_mut().ok_or_else(expected)?;
+    section.insert(knob.to_owned(), value);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = "[base]\npath = 'b'\n[data]\nfiles = ['d.json']\n[run]\ndir = 'r'\n";
+
+    fn read(text: &str, set: &[&str]) -> Result<Recipe> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("recipe.toml");
+        fs::write(&path, text).unwrap();
+        Recipe::read(&path, &set.iter().map(|&s| s.to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn changes_from_the_command_line_win() {
+        let recipe =
+            read(MINIMAL, &["train.max_steps=8", "lora.target_modules=all-linear", "run.dir=else/where"]);
+        let recipe = recipe.unwrap();
+        assert_eq!(recipe.train.max_steps, Some(8));
+        assert!(recipe.run.dir.is_absolute() && recipe.run.dir.ends_with("else/where"));
+        assert!(recipe.data.files[0].is_absolute());
+    }
+
+    #[test]
+    fn all_typos_are_named_with_what_was_meant() {
+        let text = format!("{MINIMAL}[train]\nlearing_rate = 1\nbatch_size = 'x'\n[lorra]\nrank = 1\n");
+        let error = format!("{:?}", read(&text, &["lora.rank=0"]).unwrap_err());
+        for part in
+            ["train.learing_rate: unknown knob; did you mean learning_rate?", "lorra", "train.batch_size"]
+        {
+            assert!(error.contains(part), "{part} not in {error}");
+        }
+    }
+
+    #[test]
+    fn the_resolved_recipe_reads_back_the_same() {
+        let recipe = read(MINIMAL, &["lora.init_adapter=a", "train.max_steps=3"]).unwrap();
+        let again = read(&recipe.to_toml().unwrap(), &[]).unwrap();
+        assert_eq!(again, recipe);
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        let error = format!("{:?}", read("", &[]).unwrap_err());
+        assert!(
+            error.contains("base.path") && error.contains("data.files") && error.contains("run.dir"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,28 @@
+//! Standard output and error as a person, or a pipe, reads them.
+
+use std::io::{self, IsTerminal, Write};
+
+use miette::{GraphicalTheme, MietteHandlerOpts};
+
+/// Errors as one message with its causes; colours only on a terminal, lines never wrapped, so
+/// that they can be searched.
+pub fn install_error_style() {
+    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let theme = if colour { GraphicalTheme::unicode() } else { GraphicalTheme::unicode_nocolor() };
+    // The only failure is a second installation.
+    let _ = miette::set_hook(Box::new(move |_| {
+        let options = MietteHandlerOpts::new().graphical_theme(theme.clone()).wrap_lines(false).width(400);
+        Box::new(options.build())
+    }));
+}
+
+/// Writes to standard output. A reader that has gone away (`pronk ... | head`) is no error.
+pub fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Whether standard output shows colours.
+pub fn stdout_has_colour() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}

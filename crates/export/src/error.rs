@@ -1,0 +1,84 @@
+use std::io;
+use std::path::{Path, PathBuf};
+
+use pronk_model::ModelError;
+
+/// What can go wrong with a merge. Nothing of the merged model is left behind then.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// A base, or a merged model, that cannot be read.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A file or a directory that cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A destination that must not be written to.
+    #[error("{path}: cannot merge into this directory: {problem}")]
+    Destination {
+        /// The destination.
+        path: PathBuf,
+        /// What was expected, what was found, and what to do.
+        problem: String,
+    },
+    /// A format that does not exist.
+    #[error("dtype: expected f32, f16 or bf16, found '{found}'")]
+    UnknownDtype {
+        /// What was asked for.
+        found: String,
+    },
+    /// An adapter that was trained on another base; all the reasons at once.
+    #[error("this adapter does not fit the base {base}:\n  {}", .problems.join("\n  "))]
+    DoesNotFit {
+        /// The base.
+        base: PathBuf,
+        /// Each with the module, expected and found.
+        problems: Vec<String>,
+    },
+    /// A number that the chosen format cannot hold, or that is none.
+    #[error("{tensor}: expected finite {dtype} numbers, found {found}; {remedy}")]
+    Number {
+        /// The tensor.
+        tensor: String,
+        /// The format's name.
+        dtype: &'static str,
+        /// The first such number.
+        found: f32,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A file that is not what its name says, or a tensor that cannot be written as one.
+    #[error("{path}: {problem}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Expected and found.
+        problem: String,
+    },
+    /// What the caller adds to the merged model failed.
+    #[error("the merged model could not be completed: {0}")]
+    Finish(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Tokens that the models cannot be compared on.
+    #[error("the tokens to verify with: {problem}")]
+    Prompt {
+        /// Expected and found.
+        problem: String,
+    },
+    /// A merged model that answers unlike base and adapter.
+    #[error("the merged model does not answer as base and adapter do: {problem}")]
+    Unfaithful {
+        /// What was compared, expected and found, and what to do.
+        problem: String,
+    },
+}
+
+impl ExportError {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+}

@@ -1,0 +1,165 @@
+//! A directory that is whole, or not there.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::ExportError;
+
+/// A hidden directory beside its destination, and gone with all it holds unless published.
+#[derive(Debug)]
+pub struct Staging {
+    /// `None` once published.
+    dir: Option<TempDir>,
+    path: PathBuf,
+    destination: PathBuf,
+    /// Directories above the destination that were not there before, topmost first.
+    created: Vec<PathBuf>,
+}
+
+impl Staging {
+    /// Refuses a destination `out` that is in use, or that lies in `base`.
+    pub fn beside(out: &Path, base: &Path) -> Result<Self, ExportError> {
+        let refuse = |problem: String| ExportError::Destination { path: out.into(), problem };
+        let (existing, missing) = resolve(out)?;
+        let base = fs::canonicalize(base).map_err(ExportError::io(base))?;
+        if existing.starts_with(&base) {
+            return Err(refuse(format!(
+                "it lies in the base {}, which is left as it is; choose a directory elsewhere",
+                base.display()
+            )));
+        }
+        if missing.is_empty() {
+            check_empty(&existing).map_err(refuse)?;
+        }
+        let mut destination = existing;
+        let mut created = Vec::new();
+        for name in &missing {
+            destination.push(name);
+            created.push(destination.clone());
+        }
+        created.pop(); // the destination itself comes by renaming
+        let parent = destination
+            .parent()
+            .ok_or_else(|| refuse("it is the root directory; choose a directory below it".into()))?
+            .to_owned();
+        if is_mount_point(&destination, &parent) {
+            return Err(refuse("nothing can be renamed to a mount point; choose a directory in it".into()));
+        }
+        let mut staging = Self { dir: None, path: PathBuf::new(), destination, created: Vec::new() };
+        for dir in created {
+            fs::create_dir(&dir).map_err(ExportError::io(&dir))?;
+            staging.created.push(dir);
+        }
+        let dir = builder().tempdir_in(&parent).map_err(ExportError::io(&parent))?;
+        staging.path = dir.path().into();
+        staging.dir = Some(dir);
+        Ok(staging)
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes sure that everything is on the disk, and gives it its name.
+    pub fn publish(mut self) -> Result<(), ExportError> {
+        sync_files(&self.path)?;
+        if cfg!(windows) && self.destination.exists() {
+            // Elsewhere a rename replaces an empty directory.
+            fs::remove_dir(&self.destination).map_err(ExportError::io(&self.destination))?;
+        }
+        fs::rename(&self.path, &self.destination).map_err(|e| ExportError::Destination {
+            path: self.destination.clone(),
+            problem: format!("the finished model cannot be moved there ({e}); choose a new directory"),
+        })?;
+        self.created.clear();
+        if let Some(dir) = self.dir.take() {
+            let _ = dir.keep(); // under its new name
+        }
+        self.destination.parent().map_or(Ok(()), sync_dir)
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        drop(self.dir.take());
+        for dir in self.created.iter().rev() {
+            // Somebody else may have put something there by now; then it stays.
+            let _ = fs::remove_dir(dir);
+        }
+    }
+}
+
+/// `path` as the directory on its way that exists, without links, and what is missing below it.
+fn resolve(path: &Path) -> Result<(PathBuf, Vec<PathBuf>), ExportError> {
+    let mut existing = std::path::absolute(path).map_err(ExportError::io(path))?;
+    let mut missing = Vec::new();
+    while fs::symlink_metadata(&existing).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
+        let (Some(name), Some(parent)) = (existing.file_name(), existing.parent()) else {
+            let problem = "a '..' stands behind a directory that does not exist".to_owned();
+            return Err(ExportError::Destination { path: path.into(), problem });
+        };
+        missing.insert(0, PathBuf::from(name));
+        existing = parent.into();
+    }
+    let existing = fs::canonicalize(&existing).map_err(ExportError::io(&existing))?;
+    Ok((existing, missing))
+}
+
+fn check_empty(dir: &Path) -> Result<(), String> {
+    let expected = "expected a path that does not exist, or an empty directory";
+    let choose = "choose another path, or remove what is there";
+    match fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!("{expected}, found a directory with something in it; {choose}")),
+        Err(_) if dir.is_file() => Err(format!("{expected}, found a file; {choose}")),
+        Err(e) => Err(format!("{expected}, found one that cannot be read ({e}); {choose}")),
+    }
+}
+
+/// Whether `dir` is there, on another file system than its parent.
+#[cfg(unix)]
+fn is_mount_point(dir: &Path, parent: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = |path| fs::metadata(path).map(|m| m.dev());
+    matches!((device(dir), device(parent)), (Ok(here), Ok(above)) if here != above)
+}
+
+#[cfg(not(unix))]
+fn is_mount_point(_: &Path, _: &Path) -> bool {
+    false
+}
+
+/// A merged model is as readable as any directory that its owner makes.
+fn builder() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".pronk-merge-");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777)); // less the umask
+    builder
+}
+
+fn sync_files(dir: &Path) -> Result<(), ExportError> {
+    for entry in fs::read_dir(dir).map_err(ExportError::io(dir))? {
+        let path = entry.map_err(ExportError::io(dir))?.path();
+        if path.is_dir() {
+            sync_files(&path)?;
+        } else {
+            // Windows syncs only what is opened for writing.
+            let file = OpenOptions::new().read(true).write(cfg!(windows)).open(&path);
+            file.and_then(|f| f.sync_all()).map_err(ExportError::io(&path))?;
+        }
+    }
+    sync_dir(dir)
+}
+
+/// Makes a directory's entries durable, where a directory can be opened.
+fn sync_dir(dir: &Path) -> Result<(), ExportError> {
+    if cfg!(unix) {
+        File::open(dir).and_then(|d| d.sync_all()).map_err(ExportError::io(dir))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! What an adapter changes: `W + scale * B A`, one weight at a time.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use pronk_lora::{Adapter, LoraPair, ModuleShape};
+use pronk_model::{Base, HostTensor, ModelError};
+
+use crate::{Dtype, ExportError};
+
+/// An adapter that has been found to fit a base.
+pub struct Update<'a> {
+    base: &'a Base,
+    adapter: &'a Adapter,
+    /// `None` keeps each tensor's own format.
+    dtype: Option<Dtype>,
+}
+
+impl<'a> Update<'a> {
+    /// Checks every module of `adapter` against the linear layers of `base`; lists all problems.
+    pub fn new(base: &'a Base, adapter: &'a Adapter, dtype: Option<Dtype>) -> Result<Self, ExportError> {
+        let modules = base.config.linear_modules();
+        let modules: BTreeMap<&str, &ModuleShape> = modules.iter().map(|m| (m.name.as_str(), m)).collect();
+        let rank = adapter.config.rank;
+        let problem = |(name, pair): (&String, &LoraPair)| {
+            let Some(module) = modules.get(name.as_str()) else {
+                return Some(format!("{name}: the base's blocks have no such linear layer"));
+            };
+            let expected = ([rank, module.in_features], [module.out_features, rank]);
+            let found = (pair.a.dims(), pair.b.dims());
+            (found != expected)
+                .then(|| format!("{name}: expected A and B of shapes {expected:?}, found {found:?}"))
+        };
+        let mut problems: Vec<String> = adapter.pairs.iter().filter_map(problem).collect();
+        if adapter.pairs.is_empty() || rank == 0 {
+            problems.push("it adapts no module at all".into());
+        }
+        if problems.is_empty() {
+            Ok(Self { base, adapter, dtype })
+        } else {
+            Err(ExportError::DoesNotFit { base: base.path.clone(), problems })
+        }
+    }
+
+    /// The format in which the tensor called `name` is written. A GGUF base's are dequantized
+    /// to float32, and stay so unless told otherwise.
+    pub fn dtype(&self, name: &str) -> Result<Dtype, ExportError> {
+        match self.dtype {
+            Some(dtype) => Ok(dtype),
+            None if self.base.gguf().is_some() => Ok(Dtype::F32),
+            None => Ok(Dtype::of_file(self.base.read(name)?.dtype)),
+        }
+    }
+
+    /// How many tensors the adapter changes.
+    pub fn len(&self) -> usize {
+        self.adapter.pairs.len()
+    }
+
+    /// The tensor called `name` as the merged model has it, rounded once, from float32. One
+    /// that neither the adapter nor the format changes comes as the base's own bytes.
+    pub fn apply(&self, name: &str) -> Result<HostTensor<'a>, ExportError> {
+        let dtype = self.dtype(name)?;
+        let host = self.base.read(name)?;
+        let pair = name.strip_suffix(".weight").and_then(|module| self.adapter.pairs.get(module));
+        if pair.is_none() && host.dtype == dtype.in_file() {
+            return Ok(host);
+        }
+        let mut weight = host.to_f32();
+        if let Some(pair) = pair {
+            let [rank, columns] = pair.a.dims();
+            let (a, b) = (values(&pair.a)?, values(&pair.b)?);
+            add_product(&mut weight, &a, &b, rank, columns, self.adapter.config.scale() as f32);
+        }
+        if let Some(&found) = weight.iter().find(|x| !dtype.holds(**x)) {
+            let remedy = if found.is_finite() {
+                "choose --dtype bf16 or f32"
+            } else {
+                "the base or the adapter is damaged"
+            };
+            return Err(ExportError::Number {
+                tensor: name.into(),
+                dtype: dtype.torch_name(),
+                found,
+                remedy,
+            });
+        }
+        Ok(HostTensor::from_f32(&weight, host.shape, dtype.in_file()))
+    }
+}
+
+/// `weight += scale * (b a)`, a row at a time.
+///
+/// On the host, so that the merged model does not depend on the device: graphics cards may
+/// multiply float32 at less than its precision.
+///
+/// # Shapes
+/// - weight: `[out, columns]`
+/// - a: `[rank, columns]`
+/// - b: `[out, rank]`
+fn add_product(weight: &mut [f32], a: &[f32], b: &[f32], rank: usize, columns: usize, scale: f32) {
+    let mut product = vec![0.0; columns];
+    for (row, factors) in weight.chunks_exact_mut(columns).zip(b.chunks_exact(rank)) {
+        product.fill(0.0);
+        for (factor, a) in factors.iter().zip(a.chunks_exact(columns)) {
+            for (sum, x) in product.iter_mut().zip(a) {
+                *sum += factor * x;
+            }
+        }
+        for (w, x) in row.iter_mut().zip(&product) {
+            *w += scale * x;
+        }
+    }
+}
+
+/// A tensor's numbers, from wherever it lies.
+pub fn values(tensor: &Tensor<2>) -> Result<Vec<f32>, ExportError> {
+    let values = tensor.try_to_vec_as::<f32>();
+    values.map_err(|e| ModelError::Device(e.to_string()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::add_product;
+
+    #[test]
+    fn the_product_of_b_and_a_is_scaled_and_added() {
+        let mut weight = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]; // [3, 2]
+        let a = [1.0, 2.0, 10.0, 20.0]; // [rank 2, 2]
+        let b = [1.0, 0.0, 0.0, 1.0, 1.0, -1.0]; // [3, rank 2]
+        add_product(&mut weight, &a, &b, 2, 2, 0.5);
+        let expected = [1.5, 3.0, 8.0, 14.0, 0.5, -3.0];
+        assert!(weight.iter().zip(expected).all(|(w, e)| (w - e).abs() < 1e-6), "{weight:?}");
+    }
+}

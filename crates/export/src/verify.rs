@@ -1,0 +1,155 @@
+use std::path::Path;
+
+use burn::tensor::Device;
+use pronk_kernels::open_device;
+use pronk_lora::{Adapter, ForwardMode};
+use pronk_model::{Base, streamed_logits};
+
+use crate::update::values;
+use crate::{Dtype, ExportError};
+
+/// How closely a merged model answers as its base and adapter do.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Verification {
+    /// The largest difference between two logits.
+    pub max_abs_difference: f32,
+    /// The largest logit, to compare the difference with.
+    pub max_logit: f32,
+    /// Kullback-Leibler divergence of the merged model's next-token distribution from that of
+    /// base and adapter, in nats, the mean over the prompt's positions.
+    pub kl: f64,
+}
+
+/// Compares the model in the directory `merged` with `base` and `adapter` on `prompt`. Blocks
+/// are read and run one at a time, first of the one, then of the other: the largest models are
+/// verified in little memory.
+///
+/// A divergence above what rounding explains is an error, and so is a logit that is not finite.
+/// The bounds, in nats, with twenty or more times of what real models show as room:
+/// - bfloat16 1e-2, float16 1e-3: the weights are rounded to 8 and to 11 bits
+/// - float32 1e-6 on a CPU; 1e-4 elsewhere, where products may be taken with 11 bits (TF32)
+pub fn verify(
+    base: &Base,
+    adapter: &Adapter,
+    merged: &Path,
+    prompt: &[u32],
+    device: &Device,
+) -> Result<Verification, ExportError> {
+    check_prompt(base, prompt)?;
+    let merged = Base::open(merged)?;
+    if merged.config != base.config {
+        return Err(ExportError::Unfaithful {
+            problem: format!("expected the configuration {:?}, found {:?}", base.config, merged.config),
+        });
+    }
+    let expected = logits("base and adapter", base, Some(adapter), prompt, device)?;
+    let found = logits("the merged model", &merged, None, prompt, device)?;
+    let result = compare(&expected, &found, base.config.vocab_size);
+    let dtype = coarsest(&merged)?;
+    let bound = bound(dtype, device);
+    if result.kl <= bound {
+        return Ok(result);
+    }
+    let remedy = match dtype {
+        Dtype::F32 => "this is a fault of pronk's, please report it",
+        _ => "try --dtype f32: if that fails too, it is a fault of pronk's, please report it",
+    };
+    Err(ExportError::Unfaithful {
+        problem: format!(
+            "expected a KL divergence of at most {bound:.0e} nats ({}), found {:.3e}, and logits that differ by up \
+             to {:.3e} of {:.3e}; {remedy}",
+            dtype.torch_name(),
+            result.kl,
+            result.max_abs_difference,
+            result.max_logit
+        ),
+    })
+}
+
+/// Refuses tokens that no logits can be computed for.
+pub fn check_prompt(base: &Base, prompt: &[u32]) -> Result<(), ExportError> {
+    let vocab_size = base.config.vocab_size;
+    let problem = match prompt.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(id) => format!("expected ids below the vocabulary's size, {vocab_size}, found {id}"),
+        None if prompt.is_empty() => "expected at least one token, found none".to_owned(),
+        None => return Ok(()),
+    };
+    Err(ExportError::Prompt { problem })
+}
+
+fn logits(
+    whose: &str,
+    base: &Base,
+    adapter: Option<&Adapter>,
+    prompt: &[u32],
+    device: &Device,
+) -> Result<Vec<f32>, ExportError> {
+    let logits = values(&streamed_logits(base, device, prompt, ForwardMode::inference(adapter))?)?;
+    match logits.iter().find(|x| !x.is_finite()) {
+        Some(x) => {
+            let problem = format!("expected finite logits, found {x} among those of {whose}");
+            Err(ExportError::Unfaithful { problem })
+        }
+        None => Ok(logits),
+    }
+}
+
+/// Both are `[tokens, vocab_size]`.
+fn compare(expected: &[f32], found: &[f32], vocab_size: usize) -> Verification {
+    let pairs = expected.iter().zip(found);
+    let max_abs_difference = pairs.map(|(e, f)| (e - f).abs()).fold(0.0, f32::max);
+    let max_logit = expected.iter().map(|x| x.abs()).fold(0.0, f32::max);
+    let rows = || expected.chunks(vocab_size.max(1)).zip(found.chunks(vocab_size.max(1)));
+    let kl: f64 = rows().map(|(e, f)| divergence(e, f)).sum();
+    Verification { max_abs_difference, max_logit, kl: (kl / rows().count().max(1) as f64).max(0.0) }
+}
+
+/// `sum p (ln p - ln q)` of the distributions that two rows of logits stand for.
+fn divergence(expected: &[f32], found: &[f32]) -> f64 {
+    let log_sum_exp = |row: &[f32]| {
+        let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        max + row.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln()
+    };
+    let (norm_p, norm_q) = (log_sum_exp(expected), log_sum_exp(found));
+    let terms = expected.iter().zip(found).map(|(&e, &f)| {
+        let (ln_p, ln_q) = (f64::from(e) - norm_p, f64::from(f) - norm_q);
+        ln_p.exp() * (ln_p - ln_q)
+    });
+    terms.sum()
+}
+
+/// The format with the fewest bits among a model's tensors.
+fn coarsest(model: &Base) -> Result<Dtype, ExportError> {
+    let mut found = Vec::new();
+    for name in model.shapes().keys() {
+        found.push(Dtype::of_file(model.read(name)?.dtype));
+    }
+    Ok(Dtype::ALL.into_iter().rev().find(|d| found.contains(d)).unwrap_or(Dtype::F32))
+}
+
+fn bound(dtype: Dtype, device: &Device) -> f64 {
+    let cpu = || ["cpu", "tch:cpu"].iter().any(|name| open_device(name).is_ok_and(|d| d == *device));
+    match dtype {
+        Dtype::Bf16 => 1e-2,
+        Dtype::F16 => 1e-3,
+        Dtype::F32 if cpu() => 1e-6,
+        Dtype::F32 => 1e-4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_of_two_known_distributions() {
+        // p = (1/2, 1/2), q = (1/4, 3/4), each shifted by a constant that must not matter
+        let (p, q) = ([7.0, 7.0], [1.0, 1.0 + 3_f32.ln()]);
+        let expected = 0.5 * (0.5_f64 / 0.25).ln() + 0.5 * (0.5_f64 / 0.75).ln();
+        assert!((divergence(&p, &q) - expected).abs() < 1e-7);
+        let result = compare(&[p, p].concat(), &[p, q].concat(), 2);
+        assert!((result.kl - expected / 2.0).abs() < 1e-7, "the mean over two positions");
+        assert_eq!((result.max_abs_difference, result.max_logit), (6.0, 7.0));
+        assert!(compare(&p, &p, 2).kl.abs() < 1e-12);
+    }
+}

@@ -1,0 +1,166 @@
+//! One micro-batch, forwards and backwards.
+//!
+//! The frozen base never meets autodiff as a whole. The forward pass runs block by block on plain
+//! tensors; the backward pass takes the blocks last to first, records one block's graph, and pulls
+//! the gradient at its output back to its input and its adapters. With [`Recompute::Blocks`] the
+//! graph is recorded in the backward pass from the block's saved input, so that one block's graph
+//! is alive at a time; with [`Recompute::None`] it is recorded on the way forward. Both compute the
+//! same numbers. Below the lowest adapter nothing is saved and nothing differentiated.
+
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
+use pronk_data::PackedBatch;
+use pronk_kernels::{CrossEntropy, Dropout, Tracked, cross_entropy, pull_back};
+use pronk_lora::{Adapter, ForwardMode, LoraPair};
+use pronk_model::{Block, Decoder, Layout};
+
+use crate::{Gradients, Recompute};
+
+/// What a micro-batch came to.
+#[derive(Debug, Clone)]
+pub struct MicroBatchLoss {
+    /// Sum of the losses of its supervised tokens, `[1]`, still on the device.
+    pub sum: Tensor<1>,
+    /// Of `sum / n_supervised`, by module.
+    pub gradients: Gradients,
+}
+
+/// Loss and adapter gradients of one micro-batch. `n_supervised` counts the supervised tokens of
+/// the whole optimizer step: every loss is divided by it once, whichever micro-batch it is in.
+pub fn loss_and_gradients(
+    decoder: &Decoder,
+    adapter: &Adapter,
+    batch: &PackedBatch,
+    n_supervised: usize,
+    recompute: Recompute,
+    dropout: Option<Dropout>,
+) -> MicroBatchLoss {
+    let layout = decoder.layout(&batch.positions, &batch.documents());
+    let mode = ForwardMode { adapter: Some(adapter), dropout };
+    let lowest = lowest_adapted(decoder, adapter);
+
+    let record = |block: &Block, layer: usize, x: Tensor<2>| {
+        let adapter = adapter.tracked_under(&Decoder::block_prefix(layer));
+        Tape::record(block, adapter, dropout, &layout, x, layer > lowest)
+    };
+
+    let mut x = decoder.embed(&batch.token_ids);
+    let mut saved = Vec::new();
+    for (layer, block) in decoder.blocks().iter().enumerate() {
+        if layer < lowest {
+            x = block.forward(x, &layout, ForwardMode::inference(None), None);
+        } else if recompute == Recompute::Blocks {
+            saved.push(Saved::Input(x.clone()));
+            x = block.forward(x, &layout, mode, None);
+        } else {
+            let tape = record(block, layer, x);
+            x = tape.output.clone().inner();
+            saved.push(Saved::Tape(tape));
+        }
+    }
+
+    let (loss, mut gradient) = head_loss_and_gradient(decoder, x, batch, n_supervised);
+    let mut gradients = Gradients::default();
+    for (layer, block) in decoder.blocks().iter().enumerate().skip(lowest).rev() {
+        let tape = match saved.pop() {
+            Some(Saved::Tape(tape)) => tape,
+            Some(Saved::Input(x)) => record(block, layer, x),
+            None => break,
+        };
+        let below = tape.pull_back(gradient, &mut gradients);
+        let Some(below) = below else { break };
+        gradient = below;
+    }
+    MicroBatchLoss { sum: loss, gradients }
+}
+
+/// Sum of the losses of one micro-batch, `[1]`, without gradients.
+pub fn loss_only(decoder: &Decoder, adapter: Option<&Adapter>, batch: &PackedBatch) -> Tensor<1> {
+    let layout = decoder.layout(&batch.positions, &batch.documents());
+    let hidden = decoder.hidden(&batch.token_ids, &layout, ForwardMode::inference(adapter));
+    let (rows, targets) = labelled_rows(&hidden, batch);
+    let rows = decoder.final_norm(hidden.select(0, rows));
+    cross_entropy(&rows, decoder.lm_head(), &targets, false).sum
+}
+
+/// The first block with an adapter in it.
+fn lowest_adapted(decoder: &Decoder, adapter: &Adapter) -> usize {
+    let adapted = |layer: &usize| {
+        let prefix = Decoder::block_prefix(*layer);
+        adapter.pairs.keys().any(|name| name.starts_with(&prefix))
+    };
+    (0..decoder.blocks().len()).find(adapted).unwrap_or(decoder.blocks().len())
+}
+
+/// What the forward pass keeps of a block.
+enum Saved {
+    Input(Tensor<2>),
+    Tape(Tape),
+}
+
+/// One block's autodiff graph, from its input and its adapters to its output.
+struct Tape {
+    /// `None` where nothing below wants a gradient.
+    input: Option<Tensor<2>>,
+    adapter: Adapter,
+    output: Tensor<2>,
+}
+
+impl Tape {
+    /// Runs `block` on `x` with `adapter`, whose factors are leaves.
+    fn record(
+        block: &Block,
+        adapter: Adapter,
+        dropout: Option<Dropout>,
+        layout: &Layout,
+        x: Tensor<2>,
+        needs_input_gradient: bool,
+    ) -> Self {
+        let input = needs_input_gradient.then(|| x.clone().tracked());
+        let mode = ForwardMode { adapter: Some(&adapter), dropout };
+        let output = block.forward(input.clone().unwrap_or(x), layout, mode, None);
+        Self { input, adapter, output }
+    }
+
+    /// Adds the adapters' gradients to `gradients` and returns the input's.
+    fn pull_back(self, gradient: Tensor<2>, gradients: &mut Gradients) -> Option<Tensor<2>> {
+        let mut leaves = pull_back(&self.output, gradient);
+        let mut collected = Gradients::default();
+        for (name, pair) in &self.adapter.pairs {
+            let a = pair.a.grad_remove(&mut leaves);
+            let b = pair.b.grad_remove(&mut leaves);
+            if let (Some(a), Some(b)) = (a, b) {
+                collected.pairs.insert(name.clone(), LoraPair { a, b });
+            }
+        }
+        gradients.accumulate(collected);
+        self.input.and_then(|x| x.grad_remove(&mut leaves))
+    }
+}
+
+/// The loss at the end of the graph, and its gradient at the last block's output
+/// `[tokens, hidden]`. Only rows that have a label are normed and projected.
+fn head_loss_and_gradient(
+    decoder: &Decoder,
+    hidden: Tensor<2>,
+    batch: &PackedBatch,
+    n_supervised: usize,
+) -> (Tensor<1>, Tensor<2>) {
+    let (rows, targets) = labelled_rows(&hidden, batch);
+    let zeros = hidden.zeros_like();
+    let labelled = hidden.select(0, rows.clone()).tracked();
+    let normed = decoder.final_norm(labelled.clone());
+    let CrossEntropy { sum, gradient } =
+        cross_entropy(&normed.clone().inner(), decoder.lm_head(), &targets, true);
+    let gradient = gradient.unwrap_or_else(|| normed.clone().inner().zeros_like());
+    let mut leaves = pull_back(&normed, gradient / n_supervised as f64);
+    let at_rows = labelled.grad_remove(&mut leaves).unwrap_or_else(|| labelled.inner().zeros_like());
+    (sum, zeros.select_assign(0, rows, at_rows, IndexingUpdateOp::Add))
+}
+
+/// Rows whose hidden state predicts a supervised token, and those tokens.
+fn labelled_rows(hidden: &Tensor<2>, batch: &PackedBatch) -> (Tensor<1, Int>, Vec<u32>) {
+    let (rows, targets) = batch.labels();
+    let rows: Vec<i64> = rows.into_iter().map(|row| row as i64).collect();
+    let shape = [rows.len()];
+    (Tensor::from_data(TensorData::new(rows, shape), &hidden.device()), targets)
+}

@@ -1,0 +1,48 @@
+use pronk_lora::LoraConfig;
+
+use crate::TrainConfig;
+
+/// What the adapter's `README.md` says of it.
+#[derive(Debug, Clone)]
+pub struct ModelCard {
+    /// Name or path of the base.
+    pub base: String,
+    /// The data files.
+    pub data: Vec<String>,
+    /// The prompt template's name.
+    pub template: String,
+    /// Hash of the prepared rows.
+    pub data_key: String,
+}
+
+impl ModelCard {
+    /// The card as Markdown, with the front matter that a model hub reads.
+    pub(crate) fn to_markdown(
+        &self,
+        lora: &LoraConfig,
+        train: &TrainConfig,
+        step: u64,
+        eval: Option<(f64, f64)>,
+    ) -> String {
+        let Self { base, data, template, data_key } = self;
+        let eval = eval.map_or(String::new(), |(before, after)| {
+            format!("| eval loss, base alone | {before:.4} |\n| eval loss, this adapter | {after:.4} |\n")
+        });
+        let data = data.join(", ");
+        let (rank, alpha, targets) = (lora.rank, lora.alpha, &lora.target_modules);
+        let targets = serde_json::to_string(targets).unwrap_or_default();
+        let (batch, rate, seed) = (train.batch_size, train.learning_rate, train.seed);
+        format!(
+            "---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, pronk]\n---\n\n\
+             # A LoRA adapter for {base}\n\n\
+             | | |\n|---|---|\n\
+             | rank, alpha | {rank}, {alpha} |\n| target modules | {targets} |\n| prompt template | {template} |\n\
+             | data | {data} |\n| prepared rows | `{data_key}` |\n\
+             | steps, records a step | {step}, {batch} |\n| learning rate, seed | {rate}, {seed} |\n{eval}\n\
+             The licences of the base and of the data apply to this adapter as well.\n\n\
+             ```python\nfrom peft import AutoPeftModelForCausalLM\n\
+             model = AutoPeftModelForCausalLM.from_pretrained(\"path/to/this/folder\")\n```\n\n\
+             Trained with pronk.\n"
+        )
+    }
+}

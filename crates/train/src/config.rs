@@ -1,0 +1,108 @@
+use serde::{Deserialize, Serialize};
+
+use crate::{Schedule, TrainError};
+
+/// The recipe's `[train]` table. Zero switches off what a "0: " note says it does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Passes over the rows; fractions are allowed. `max_steps`, where set, goes before it.
+    pub epochs: f64,
+    /// Optimizer steps in all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
+    /// Records an optimizer step learns from.
+    pub batch_size: usize,
+    /// Records that go through the base together. Smaller takes less memory, and changes nothing else.
+    pub micro_batch_size: usize,
+    /// `AdamW`'s learning rate after the warmup.
+    pub learning_rate: f64,
+    /// What becomes of it: "cosine" and "linear" fall to zero at the last step.
+    pub schedule: Schedule,
+    /// Steps over which it rises from zero.
+    pub warmup_steps: u64,
+    /// `AdamW`'s weight decay.
+    pub weight_decay: f64,
+    /// Gradients whose norm is above it are scaled down to it. 0: never.
+    pub max_grad_norm: f64,
+    /// Evaluate on the held-out rows every so many steps, before the first and after the last. 0: never.
+    pub eval_steps: u64,
+    /// Write a checkpoint every so many steps. 0: never, not even after the last.
+    pub save_steps: u64,
+    /// Checkpoints to keep.
+    pub keep_last: usize,
+    /// "blocks" runs each block again for its gradients and keeps only its input: far less
+    /// memory for about a third more time. "none" keeps everything.
+    pub recompute: Recompute,
+    /// Seeds the order of the rows, the adapter's first values, and dropout.
+    pub seed: u64,
+}
+
+/// What is kept from the forward pass for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Every block's graph.
+    None,
+    /// Every block's input.
+    Blocks,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            epochs: 3.0,
+            max_steps: None,
+            batch_size: 16,
+            micro_batch_size: 4,
+            learning_rate: 3e-4,
+            schedule: Schedule::Cosine,
+            warmup_steps: 10,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            eval_steps: 50,
+            save_steps: 50,
+            keep_last: 2,
+            recompute: Recompute::Blocks,
+            seed: 42,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Refuses values that cannot train; all of them at once.
+    pub fn problems(&self) -> Vec<TrainError> {
+        let positive = |n: f64| n.is_finite() && n > 0.0;
+        let not_negative = |n: f64| n.is_finite() && n >= 0.0;
+        let checks = [
+            (positive(self.epochs), "epochs", "a number above 0", self.epochs.to_string()),
+            (self.max_steps != Some(0), "max_steps", "a whole number from 1", "0".into()),
+            (self.batch_size > 0, "batch_size", "a whole number from 1", "0".into()),
+            (self.micro_batch_size > 0, "micro_batch_size", "a whole number from 1", "0".into()),
+            (self.keep_last > 0, "keep_last", "a whole number from 1", "0".into()),
+            (
+                positive(self.learning_rate),
+                "learning_rate",
+                "a number above 0",
+                self.learning_rate.to_string(),
+            ),
+            (
+                not_negative(self.weight_decay),
+                "weight_decay",
+                "a number from 0",
+                self.weight_decay.to_string(),
+            ),
+            (
+                not_negative(self.max_grad_norm),
+                "max_grad_norm",
+                "a number from 0",
+                self.max_grad_norm.to_string(),
+            ),
+        ];
+        checks
+            .into_iter()
+            .filter(|(ok, ..)| !ok)
+            .map(|(_, knob, expected, found)| TrainError::Config { knob, expected, found })
+            .collect()
+    }
+}

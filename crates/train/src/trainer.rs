@@ -1,0 +1,291 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use pronk_data::{Order, PackedBatch, PreparedDataset, Rows, TextTokenizer};
+use pronk_kernels::{Dropout, DropoutKey};
+use pronk_lora::Adapter;
+use pronk_model::Decoder;
+
+use crate::checkpoint::{self, Checkpoint, TrainerState};
+use crate::gradients::scalar;
+use crate::{
+    EvalRecord, Gradients, ModelCard, Optimizer, Plan, RunFolder, Samples, StepRecord, TrainConfig,
+    TrainError, learning_rate, loss_and_gradients, loss_only, peak_memory_bytes,
+};
+
+/// Hears what happens while training.
+pub trait Observer {
+    /// A step is done; `total` is the number of steps in all.
+    fn step(&mut self, record: &StepRecord, total: u64);
+    /// Something takes a while, or has happened, that is no step.
+    fn note(&mut self, message: &str);
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ending {
+    /// All its steps are done.
+    Finished(Summary),
+    /// It was asked to stop; a checkpoint holds the state after `step`, unless they are off.
+    Interrupted {
+        /// Steps done.
+        step: u64,
+        /// Whether there is a checkpoint to go on from.
+        saved: bool,
+    },
+}
+
+/// What a finished run came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Steps in all.
+    pub steps: u64,
+    /// Eval loss of the base, where rows were held out.
+    pub eval_before: Option<f64>,
+    /// The lowest eval loss, that of the adapter kept, and its step.
+    pub best: Option<(f64, u64)>,
+}
+
+/// A run: what it learns, from what, and how far it has come.
+pub struct Trainer<'a> {
+    decoder: &'a Decoder,
+    tokenizer: &'a TextTokenizer,
+    data: &'a PreparedDataset,
+    config: TrainConfig,
+    plan: Plan,
+    folder: RunFolder,
+    card: ModelCard,
+    samples: Samples,
+    adapter: Adapter,
+    optimizer: Optimizer,
+    state: TrainerState,
+}
+
+impl<'a> Trainer<'a> {
+    /// A run that starts from `adapter`.
+    #[allow(clippy::too_many_arguments)] // each is a part of a run, named where it is passed
+    pub fn new(
+        decoder: &'a Decoder,
+        tokenizer: &'a TextTokenizer,
+        data: &'a PreparedDataset,
+        order: Order,
+        config: TrainConfig,
+        adapter: Adapter,
+        folder: RunFolder,
+        card: ModelCard,
+        samples: Samples,
+    ) -> Result<Self, TrainError> {
+        if data.train.is_empty() {
+            return Err(TrainError::NoRows);
+        }
+        let plan = Plan::new(&config, order, data.train.len());
+        let optimizer = Optimizer::new(config.weight_decay, &adapter);
+        let data_key = data.key.clone();
+        let state = TrainerState { step: 0, best: None, eval_before: None, data_key, samples: Vec::new() };
+        Ok(Self { decoder, tokenizer, data, config, plan, folder, card, samples, adapter, optimizer, state })
+    }
+
+    /// The same run, set to where its newest whole checkpoint left it.
+    pub fn resume(mut self, observer: &mut dyn Observer) -> Result<Self, TrainError> {
+        let modules = self.decoder.config.linear_modules();
+        let device = self.decoder.device();
+        let decay = self.config.weight_decay;
+        let Checkpoint { state, adapter, optimizer } =
+            checkpoint::load_newest(&self.folder, &modules, decay, device, |m| observer.note(&m))?;
+        if state.data_key != self.data.key {
+            return Err(TrainError::Checkpoint {
+                path: self.folder.checkpoints(),
+                problem:
+                    "the data, the template, the tokenizer or their limits have changed since this run began"
+                        .into(),
+            });
+        }
+        self.folder.rewind_log(state.step)?;
+        (self.state, self.adapter, self.optimizer) = (state, adapter, optimizer);
+        Ok(self)
+    }
+
+    /// Steps done.
+    pub fn step_number(&self) -> u64 {
+        self.state.step
+    }
+
+    /// Steps in all.
+    pub fn total_steps(&self) -> u64 {
+        self.plan.total_steps
+    }
+
+    /// Trains to the end, or until `stop` is set: then the step is finished and saved first.
+    pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Ending, TrainError> {
+        if self.state.step == 0 {
+            self.before_the_first_step(observer)?;
+        }
+        while self.state.step < self.plan.total_steps {
+            let mut record = self.step()?;
+            let (done, last) = (self.state.step, self.state.step == self.plan.total_steps);
+            if is_due(done, self.config.eval_steps) || (last && self.config.eval_steps > 0) {
+                record.eval_loss = self.evaluate_and_keep_best()?;
+            }
+            self.folder.log(&record)?;
+            observer.step(&record, self.plan.total_steps);
+            if done == self.plan.total_steps.div_ceil(2) && !last {
+                self.write_samples(observer)?;
+            }
+            let stopping = !last && stop.load(Ordering::Relaxed);
+            if self.config.save_steps > 0 && (is_due(done, self.config.save_steps) || last || stopping) {
+                self.save_checkpoint()?;
+            }
+            if stopping {
+                return Ok(Ending::Interrupted { step: done, saved: self.config.save_steps > 0 });
+            }
+        }
+        if self.state.best.is_none() {
+            self.save_adapter(None)?;
+        }
+        self.write_samples(observer)?;
+        let TrainerState { eval_before, best, .. } = self.state;
+        Ok(Ending::Finished(Summary { steps: self.plan.total_steps, eval_before, best }))
+    }
+
+    fn before_the_first_step(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        self.write_samples(observer)?;
+        if self.config.eval_steps > 0 && !self.data.validation.is_empty() {
+            observer.note("measuring the base on the held-out rows");
+            let eval_loss = self.evaluate()?;
+            self.state.eval_before = Some(eval_loss);
+            self.folder.log(&EvalRecord { step: 0, epoch: 0.0, eval_loss })?;
+        }
+        Ok(())
+    }
+
+    /// One optimizer step.
+    fn step(&mut self) -> Result<StepRecord, TrainError> {
+        let started = Instant::now();
+        let step = self.state.step;
+        let config = &self.config;
+        let rate = learning_rate(
+            config.schedule,
+            config.learning_rate,
+            config.warmup_steps,
+            self.plan.total_steps,
+            step,
+        );
+        let batches = micro_batches(&self.data.train, &self.plan.rows(step), config.micro_batch_size);
+        let tokens: usize = batches.iter().map(PackedBatch::tokens).sum();
+        let supervised_tokens: usize = batches.iter().map(PackedBatch::supervised).sum();
+
+        let mut gradients = Gradients::default();
+        let mut sums = Vec::new();
+        for (micro_batch, batch) in (0..).zip(&batches) {
+            let key = DropoutKey { seed: config.seed, step, micro_batch };
+            let p = self.adapter.config.dropout;
+            let dropout = (p > 0.0).then_some(Dropout { p, key });
+            let micro = loss_and_gradients(
+                self.decoder,
+                &self.adapter,
+                batch,
+                supervised_tokens,
+                config.recompute,
+                dropout,
+            );
+            gradients.accumulate(micro.gradients);
+            sums.push(micro.sum);
+        }
+        let loss = sums.iter().map(scalar).sum::<Result<f64, _>>()? / supervised_tokens as f64;
+        let grad_norm = gradients.norm()?;
+        self.must_be_finite(step, "loss", loss)?;
+        self.must_be_finite(step, "gradient norm", grad_norm)?;
+        if config.max_grad_norm > 0.0 && grad_norm > config.max_grad_norm {
+            // The small number is PyTorch's, so that clipped runs agree.
+            gradients = gradients.scaled(config.max_grad_norm / (grad_norm + 1e-6));
+        }
+        self.optimizer.step(&mut self.adapter, &gradients, rate, step + 1);
+        self.state.step = step + 1;
+
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(StepRecord {
+            step: step + 1,
+            epoch: self.plan.epoch(step + 1),
+            loss,
+            learning_rate: rate,
+            grad_norm,
+            tokens,
+            supervised_tokens,
+            tokens_per_s: tokens as f64 / seconds,
+            seconds,
+            peak_memory_bytes: peak_memory_bytes(),
+            eval_loss: None,
+        })
+    }
+
+    fn must_be_finite(&self, step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        let kept = match checkpoint::newest(&self.folder) {
+            Some(path) => path.display().to_string(),
+            None => "the one before the first step: no checkpoint was written yet".into(),
+        };
+        Err(TrainError::NotFinite { step: step + 1, what, value, kept })
+    }
+
+    /// Mean loss over the held-out rows' supervised tokens.
+    fn evaluate(&self) -> Result<f64, TrainError> {
+        let rows: Vec<usize> = (0..self.data.validation.len()).collect();
+        let batches = micro_batches(&self.data.validation, &rows, self.config.micro_batch_size);
+        let supervised: usize = batches.iter().map(PackedBatch::supervised).sum();
+        let sums = batches.iter().map(|batch| scalar(&loss_only(self.decoder, Some(&self.adapter), batch)));
+        Ok(sums.sum::<Result<f64, _>>()? / supervised as f64)
+    }
+
+    fn evaluate_and_keep_best(&mut self) -> Result<Option<f64>, TrainError> {
+        if self.data.validation.is_empty() {
+            return Ok(None);
+        }
+        let loss = self.evaluate()?;
+        if self.has_learned() && self.state.best.is_none_or(|(best, _)| loss < best) {
+            self.state.best = Some((loss, self.state.step));
+            self.save_adapter(Some(loss))?;
+        }
+        Ok(Some(loss))
+    }
+
+    fn save_adapter(&self, eval_loss: Option<f64>) -> Result<(), TrainError> {
+        let dir = self.folder.adapter();
+        self.adapter.save(&dir, &self.card.base, false)?;
+        let eval = self.state.eval_before.zip(eval_loss);
+        let card = self.card.to_markdown(&self.adapter.config, &self.config, self.state.step, eval);
+        RunFolder::write(&dir.join("README.md"), card.as_bytes())
+    }
+
+    fn save_checkpoint(&self) -> Result<(), TrainError> {
+        let (folder, keep) = (&self.folder, self.config.keep_last);
+        checkpoint::save(folder, &self.state, &self.adapter, &self.optimizer, &self.card.base, keep)?;
+        if self.has_learned() && self.state.best.is_none() {
+            self.save_adapter(None)?;
+        }
+        Ok(())
+    }
+
+    /// The first step of a warmup has a learning rate of zero: there is no adapter yet.
+    fn has_learned(&self) -> bool {
+        self.state.step > u64::from(self.config.warmup_steps > 0)
+    }
+
+    fn write_samples(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        observer.note("answering the sample prompts");
+        let round = self.samples.answer(self.state.step, self.decoder, &self.adapter, self.tokenizer)?;
+        self.state.samples.push(round);
+        RunFolder::write(&self.folder.samples(), self.samples.to_markdown(&self.state.samples).as_bytes())
+    }
+}
+
+fn is_due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// The rows, laid end to end, `size` records a micro-batch.
+fn micro_batches(rows: &Rows, indices: &[usize], size: usize) -> Vec<PackedBatch> {
+    let batch = |part: &[usize]| PackedBatch::concat(part.iter().filter_map(|&i| rows.get(i)));
+    indices.chunks(size).map(batch).collect()
+}
