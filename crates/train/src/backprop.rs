@@ -5,7 +5,7 @@
 //! the gradient at its output back to its input and its adapters. With [`Recompute::Blocks`] the
 //! graph is recorded in the backward pass from the block's saved input, so that one block's graph
 //! is alive at a time; with [`Recompute::None`] it is recorded on the way forward. Both compute the
-//! same numbers. Below the lowest adapter nothing is saved and nothing differentiated.
+//! same numbers, up to the rounding of operations that a backend fuses where no graph is recorded. Below the lowest adapter nothing is saved and nothing differentiated.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_data::PackedBatch;

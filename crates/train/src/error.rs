@@ -34,7 +34,9 @@ pub enum TrainError {
     )]
     RunExists(PathBuf),
     /// A run folder without a checkpoint to go on from.
-    #[error("{0}: no whole checkpoint to go on from")]
+    #[error(
+        "{0}: no whole checkpoint to go on from; start the run again in another run.dir, or remove this folder first"
+    )]
     NoCheckpoint(PathBuf),
     /// A checkpoint that does not belong to this run, or is damaged.
     #[error("{path}: {problem}")]

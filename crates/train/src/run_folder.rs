@@ -78,7 +78,10 @@ impl RunFolder {
         let append = || {
             let mut line = serde_json::to_vec(record)?;
             line.push(b'\n');
-            fs::OpenOptions::new().create(true).append(true).open(&path)?.write_all(&line)
+            let mut file = fs::OpenOptions::new().create(true).append(true).open(&path)?;
+            let before = file.metadata()?.len();
+            // Half a line, as a full disk leaves it, would be taken for a record.
+            file.write_all(&line).inspect_err(|_| drop(file.set_len(before)))
         };
         append().map_err(TrainError::io(&path))
     }
