@@ -118,10 +118,10 @@ pub struct Generate {
     #[arg(long, default_value_t = 256)]
     pub max_new_tokens: usize,
     /// 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Draw from the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f64,
     /// Seeds the draws
     #[arg(long, default_value_t = 0)]

@@ -96,6 +96,13 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
 }
 
 impl OpenedBase {
+    /// A name that still finds this base from another folder: an absolute path, or the hub id.
+    pub fn lasting_name(&self) -> String {
+        let path = Path::new(&self.name);
+        let absolute = path.exists().then(|| std::path::absolute(path).ok()).flatten();
+        absolute.map_or_else(|| self.name.clone(), |path| path.display().to_string())
+    }
+
     /// Reads the weights onto `device`, with a bar.
     pub fn load(&self, device: &str) -> Result<Decoder> {
         let device = open_device(device).into_diagnostic()?;

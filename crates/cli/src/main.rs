@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     match catch_unwind(AssertUnwindSafe(|| commands::run(arguments))) {
         Ok(Ok(code)) => code,
         Ok(Err(report)) => {
-            eprintln!("{report:?}");
+            eprintln!("{:?}", terminal::without_repetition(&report));
             ExitCode::from(1)
         }
         Err(_) => {

@@ -88,7 +88,8 @@ impl Recipe {
     /// paths made absolute. All problems are told at once.
     pub fn read(path: &Path, set: &[String]) -> Result<Self> {
         let text = fs::read_to_string(path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
-        let mut table: Table = toml::from_str(&text).map_err(|e| miette!("{}: {e}", path.display()))?;
+        let mut table: Table =
+            toml::from_str(&text).map_err(|e| miette!("{}: {}", path.display(), toml_error(&e)))?;
         for change in set {
             apply(&mut table, change)?;
         }
@@ -118,6 +119,8 @@ impl Recipe {
         let lora: Option<LoraConfig> = section(&mut table, "lora", problems);
         let train: Option<TrainConfig> = section(&mut table, "train", problems);
         let run: Option<RunTable> = section(&mut table, "run", problems);
+        problems.extend(train.iter().flat_map(TrainConfig::problems).map(|e| e.to_string()));
+        problems.extend(lora.as_ref().and_then(|lora| lora.validate().err()).map(|e| e.to_string()));
         let recipe = Self {
             base: base?,
             data: data?,
@@ -130,15 +133,16 @@ impl Recipe {
             (recipe.data.files.is_empty(), "data.files", "a list of instruction files"),
             (recipe.run.dir.as_os_str().is_empty(), "run.dir", "the folder for the run"),
         ];
-        problems.extend(
-            missing.iter().filter(|m| m.0).map(|(_, knob, what)| format!("{knob}: missing; expected {what}")),
-        );
+        for (_, knob, what) in missing.iter().filter(|m| m.0) {
+            // One that is there, but of a wrong type, has been named already.
+            if !problems.iter().any(|problem| problem.starts_with(&format!("{knob}:"))) {
+                problems.push(format!("{knob}: missing; expected {what}"));
+            }
+        }
         if recipe.data.max_seq_len < 2 {
             let found = recipe.data.max_seq_len;
             problems.push(format!("data.max_seq_len: expected a whole number from 2, found {found}"));
         }
-        problems.extend(recipe.train.problems().iter().map(ToString::to_string));
-        problems.extend(recipe.lora.config.validate().err().map(|e| e.to_string()));
         Some(recipe)
     }
 
@@ -186,16 +190,37 @@ fn section<T: DeserializeOwned>(table: &mut Table, name: &str, problems: &mut Ve
     };
     let known = known_knobs(name);
     knobs.retain(|knob, _| known.iter().any(|k| k == knob)); // the others have been named already
-    // Knob by knob first, so that every wrong one is named.
-    let before = problems.len();
-    for (knob, value) in &knobs {
-        let one = Table::from_iter([(knob.clone(), value.clone())]);
-        if let Err(e) = one.try_into::<T>() {
-            let message = e.message().lines().next().unwrap_or_default().to_owned();
-            problems.push(format!("{name}.{knob}: {message}, found {value}"));
-        }
-    }
-    if problems.len() > before { None } else { knobs.try_into().ok() }
+    // Knob by knob first, so that every wrong one is named; the others are read all the same, so
+    // that what is wrong with their values is named too.
+    knobs.retain(|knob, value| {
+        let one = Table::from_iter([(knob.to_owned(), value.clone())]);
+        let wrong = one.try_into::<T>().err();
+        problems.extend(wrong.iter().map(|e| format!("{name}.{knob}: {}, found {value}", expected(e))));
+        wrong.is_none()
+    });
+    knobs.try_into().ok()
+}
+
+/// What a knob takes, in words of ours: `serde` speaks of Rust's types.
+fn expected(error: &toml::de::Error) -> String {
+    let message = error.message().lines().next().unwrap_or_default();
+    let Some((_, kind)) = message.split_once("expected ") else { return message.to_owned() };
+    let kind = match kind {
+        "usize" | "u64" => "a whole number from 0",
+        "f64" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        "path string" => "a path",
+        kind => kind,
+    };
+    format!("expected {kind}")
+}
+
+/// The reader's words with the line they speak of, unless that is no line for people.
+fn toml_error(error: &toml::de::Error) -> String {
+    let whole = error.to_string();
+    let readable = whole.lines().all(|line| line.len() < 200);
+    if readable { whole.trim_end().to_owned() } else { format!("not TOML: {}", error.message()) }
 }
 
 /// Names of a table's knobs: those of its defaults, and those that are off by default.

@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use miette::{GraphicalTheme, MietteHandlerOpts};
+use miette::{GraphicalTheme, MietteHandlerOpts, Report, miette};
 
 /// Errors as one message with its causes; colours only on a terminal, lines never wrapped, so
 /// that they can be searched.
@@ -14,6 +14,19 @@ pub fn install_error_style() {
         let options = MietteHandlerOpts::new().graphical_theme(theme.clone()).wrap_lines(false).width(400);
         Box::new(options.build())
     }));
+}
+
+/// The same message with its causes, less those whose words stand in the message above them
+/// already: libraries name the system's answer both in their text and as its cause.
+pub fn without_repetition(report: &Report) -> Report {
+    let mut told: Vec<String> = Vec::new();
+    for cause in report.chain().map(ToString::to_string) {
+        if !told.last().is_some_and(|above| above.contains(&cause)) {
+            told.push(cause);
+        }
+    }
+    let innermost = told.pop().unwrap_or_default();
+    told.into_iter().rev().fold(miette!("{innermost}"), Report::wrap_err)
 }
 
 /// Writes to standard output. A reader that has gone away (`pronk ... | head`) is no error.

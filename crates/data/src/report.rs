@@ -14,6 +14,9 @@ const FIRST_BUCKET: usize = 32;
 pub struct PrepareReport {
     /// The data files, as given.
     pub files: Vec<String>,
+    /// The base whose tokenizer was used, as its user can name it again; `None` where nobody said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Records read, bad ones included.
     pub records: usize,
     /// Bad records left out, with `skip_bad`.

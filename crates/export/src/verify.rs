@@ -25,9 +25,11 @@ pub struct Verification {
 /// verified in little memory.
 ///
 /// A divergence above what rounding explains is an error, and so is a logit that is not finite.
-/// The bounds, in nats, with twenty or more times of what real models show as room:
-/// - bfloat16 1e-2, float16 1e-3: the weights are rounded to 8 and to 11 bits
-/// - float32 1e-6 on a CPU; 1e-4 elsewhere, where products may be taken with 11 bits (TF32)
+/// The bounds, in nats, are over ten times the most that was seen, which was SmolLM2 rounded as
+/// a whole, on tokens that make no sense (on a sentence, a thirtieth of that):
+/// - bfloat16 5e-2: the weights are rounded to 8 bits; 4e-3 seen
+/// - float16 1e-3: to 11 bits; 5e-5 seen
+/// - float32 1e-6 on a CPU; 3e-11 seen. Elsewhere 1e-4: products may be taken with 11 bits (TF32)
 pub fn verify(
     base: &Base,
     adapter: &Adapter,
@@ -130,7 +132,7 @@ fn coarsest(model: &Base) -> Result<Dtype, ExportError> {
 fn bound(dtype: Dtype, device: &Device) -> f64 {
     let cpu = || ["cpu", "tch:cpu"].iter().any(|name| open_device(name).is_ok_and(|d| d == *device));
     match dtype {
-        Dtype::Bf16 => 1e-2,
+        Dtype::Bf16 => 5e-2,
         Dtype::F16 => 1e-3,
         Dtype::F32 if cpu() => 1e-6,
         Dtype::F32 => 1e-4,

@@ -45,9 +45,7 @@ pub fn cross_entropy(
             gradients.push(weights.matmul(head.clone()) / total - target_rows);
         }
     }
-    let gradient = match gradients.is_empty() {
-        true => hidden.zeros_like(), // no targets, and so no rows
-        false => Tensor::cat(gradients, 0),
-    };
+    // Without targets there are no rows, and nothing to concatenate.
+    let gradient = if gradients.is_empty() { hidden.zeros_like() } else { Tensor::cat(gradients, 0) };
     CrossEntropy { sum, gradient: with_gradient.then_some(gradient) }
 }

@@ -29,7 +29,18 @@ impl Adapter {
     ///
     /// Refuses numbers that are not finite and, unless `fresh`, an adapter whose B is all zero:
     /// it would be the base again, under another name.
+    ///
+    /// A directory that was not there before is there afterwards with both files, or not at all.
     pub fn save(&self, dir: &Path, base: &str, fresh: bool) -> Result<(), LoraError> {
+        let existed = dir.exists();
+        let saved = self.save_files(dir, base, fresh);
+        if saved.is_err() && !existed {
+            let _ = fs::remove_dir_all(dir); // it may not even have been made
+        }
+        saved
+    }
+
+    fn save_files(&self, dir: &Path, base: &str, fresh: bool) -> Result<(), LoraError> {
         let weights = dir.join(ADAPTER_WEIGHTS);
         let not_saved = |problem: String| LoraError::NotSaved { path: weights.clone(), problem };
         let tensors = self.host_tensors()?;

@@ -35,7 +35,7 @@ impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<(Self, DecoderConfig), ModelError> {
         let mapped = map(path)?;
         let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| {
-            let cut = format!("not a whole GGUF file ({e}); if it was downloaded, download it again");
+            let cut = format!("not a whole GGUF file ({}); if it was downloaded, download it again", first_line(&e));
             ModelError::malformed(path, cut)
         })?;
         let names = content.tensor_infos.keys().map(|name| (hugging_face_name(name), name.clone())).collect();
@@ -125,7 +125,7 @@ impl GgufFile {
             Ok((tensor.flatten_all()?.to_vec1()?, tensor.dims().to_vec()))
         };
         let mut read = read;
-        read().map_err(|e| ModelError::malformed(&self.path, format!("tensor {gguf}: {e}")))
+        read().map_err(|e| ModelError::malformed(&self.path, format!("tensor {gguf}: {}", first_line(&e))))
     }
 
     fn config(&self) -> Result<DecoderConfig, ModelError> {
@@ -264,6 +264,11 @@ fn hugging_face_name(gguf: &str) -> String {
         Some(format!("model.layers.{layer}.{module}.{suffix}"))
     };
     whole(gguf).map(str::to_owned).or_else(|| in_block(gguf)).unwrap_or_else(|| gguf.to_owned())
+}
+
+/// The reader's own words: with `RUST_BACKTRACE` set, it puts a backtrace behind them.
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// llama.cpp turns neighbouring rows of a head together, Hugging Face rows half a head apart.

@@ -23,7 +23,7 @@ pub fn data(file: &Path, row: Option<usize>, base: Option<&str>) -> Result<()> {
     let Some(example) = example else {
         return Err(miette!("--row {row}: {} has {rows} rows, counted from 0", file.display()));
     };
-    let Some(base) = base else {
+    let Some(base) = base.or(prepared.report.base.as_deref()) else {
         return Err(miette!(
             "--row shows tokens as text: add --base with the base the file was prepared for"
         ));

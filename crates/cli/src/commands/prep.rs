@@ -1,15 +1,19 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use miette::{IntoDiagnostic, Result};
-use pronk_data::{PrepareConfig, PrepareReport, PreparedDataset, TextTokenizer, prepare};
+use miette::{IntoDiagnostic, Result, miette};
+use pronk_data::{PrepareConfig, PrepareReport, PreparedDataset, prepare};
 
 use crate::args::Prep;
 use crate::terminal::print;
-use crate::{base, progress};
+use crate::{
+    base::{self, OpenedBase},
+    progress,
+};
 
 /// `pronk prep`
 pub fn run(args: Prep) -> Result<()> {
+    check_destination(&args.out)?;
     let opened = base::open(&args.base, Path::new("."))?;
     let config = PrepareConfig {
         files: args.data,
@@ -19,23 +23,42 @@ pub fn run(args: Prep) -> Result<()> {
         val_size: args.val_size,
         skip_bad: args.skip_bad,
     };
-    let prepared = with_bar(&config, &opened.tokenizer)?;
+    let prepared = with_bar(&config, &opened)?;
     opened.must_embed(prepared.train.max_token_id().max(prepared.validation.max_token_id()))?;
-    prepared.write(&args.out).into_diagnostic()?;
+    // A link stays a link: the file it leads to is replaced.
+    let out = std::fs::canonicalize(&args.out).unwrap_or_else(|_| args.out.clone());
+    prepared.write(&out).into_diagnostic()?;
     print(&summary(&prepared.report));
     print(&format!("wrote {}\n", args.out.display()));
     Ok(())
 }
 
+/// Refuses, before any work, a place where no file can be written. The finished file is renamed to
+/// its name, which would put it in the place of a device such as `/dev/stdout`.
+fn check_destination(out: &Path) -> Result<()> {
+    if out.exists() && !out.is_file() {
+        let found = if out.is_dir() { "a directory" } else { "a device" };
+        return Err(miette!("--out {}: expected the name of a file, found {found}", out.display()));
+    }
+    match std::path::absolute(out).into_diagnostic()?.parent() {
+        Some(folder) if !folder.exists() => {
+            Err(miette!("--out {}: there is no folder {}; make it first", out.display(), folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Prepares with a bar on the terminal.
-pub fn with_bar(config: &PrepareConfig, tokenizer: &TextTokenizer) -> Result<PreparedDataset> {
+pub fn with_bar(config: &PrepareConfig, opened: &OpenedBase) -> Result<PreparedDataset> {
     let bar = progress::bar("preparing the data", 0);
-    let prepared = prepare(config, tokenizer, &mut |done, total| {
+    let prepared = prepare(config, &opened.tokenizer, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     });
     bar.finish_and_clear();
-    prepared.into_diagnostic()
+    let mut prepared = prepared.into_diagnostic()?;
+    prepared.report.base = Some(opened.lasting_name());
+    Ok(prepared)
 }
 
 /// The table that sums a prepared data set up.

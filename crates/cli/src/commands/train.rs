@@ -19,6 +19,8 @@ use crate::terminal::print;
 /// Held-out rows whose prompts are answered before, during and after.
 const SAMPLE_PROMPTS: usize = 3;
 const SAMPLE_TOKENS: usize = 96;
+/// The run's prepared rows, in its folder.
+const PREPARED: &str = "prepared.safetensors";
 
 /// `pronk train`
 pub fn run(args: Train) -> Result<ExitCode> {
@@ -29,11 +31,12 @@ pub fn run(args: Train) -> Result<ExitCode> {
     };
     let recipe = Recipe::read(&recipe_path, &args.set)?;
     let opened = base::open(&recipe.base.path, Path::new("."))?;
-    let folder = match &args.resume {
-        Some(run) => RunFolder::open(run).into_diagnostic()?,
-        None => new_folder(&recipe)?,
+    let resumes = args.resume.is_some();
+    let (folder, unused) = match &args.resume {
+        Some(run) => (RunFolder::open(run).into_diagnostic()?, None),
+        None => new_folder(&recipe, &recipe_path).map(|(folder, unused)| (folder, Some(unused)))?,
     };
-    let data = prepared(&recipe, &opened.tokenizer, &folder)?;
+    let data = prepared(&recipe, &opened, &folder, resumes)?;
     opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
     let decoder = opened.load(&args.device.device)?;
     let adapter = initial_adapter(&recipe, &opened, &decoder)?;
@@ -57,36 +60,96 @@ pub fn run(args: Train) -> Result<ExitCode> {
     )
     .into_diagnostic()?;
     let mut progress = TrainingProgress::new(0, trainer.total_steps());
-    if args.resume.is_some() {
+    if resumes {
         trainer = trainer.resume(&mut progress).into_diagnostic()?;
         progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
     }
     let stop = stop_on_signal()?;
+    unused.into_iter().for_each(Unused::keep);
     let ending = trainer.run(&mut progress, &stop).into_diagnostic();
     progress.finish();
     Ok(report(&ending?, &folder))
 }
 
 /// A new run's folder with the resolved recipe in it.
-fn new_folder(recipe: &Recipe) -> Result<RunFolder> {
+fn new_folder(recipe: &Recipe, recipe_path: &Path) -> Result<(RunFolder, Unused)> {
     let text = recipe.to_toml()?;
-    let folder = RunFolder::create(&recipe.run.dir).into_diagnostic()?;
+    let dir = &recipe.run.dir;
+    let own = std::fs::canonicalize(dir.join("recipe.toml")).ok();
+    if own.is_some() && own == std::fs::canonicalize(recipe_path).ok() {
+        return Err(miette!(
+            "run.dir: {} holds {} itself, which the resolved recipe would replace; expected another folder",
+            dir.display(),
+            recipe_path.display()
+        ));
+    }
+    let unused = Unused::before(dir);
+    let folder = RunFolder::create(dir).into_diagnostic()?;
     RunFolder::write(&folder.recipe(), text.as_bytes()).into_diagnostic()?;
-    Ok(folder)
+    Ok((folder, unused))
 }
 
-/// The run's prepared rows: read where they are there and fresh, else made.
-fn prepared(recipe: &Recipe, tokenizer: &TextTokenizer, folder: &RunFolder) -> Result<PreparedDataset> {
-    let config = recipe.prepare_config();
-    let path = folder.root().join("prepared.safetensors");
-    let template = PromptTemplate::load(&config.template).into_diagnostic()?;
-    let wanted = key(&config, &template, tokenizer).into_diagnostic()?;
-    if let Ok(found) = PreparedDataset::read(&path)
-        && found.key == wanted
-    {
-        return Ok(found);
+/// What a new run has made so far; removed again unless it comes to its first step, so that a
+/// mistake in the data or a device that is not there leaves nothing behind.
+struct Unused {
+    files: Vec<PathBuf>,
+    folders: Vec<PathBuf>,
+}
+
+impl Unused {
+    /// Looks at the run's folder before anything is made.
+    fn before(dir: &Path) -> Self {
+        let absent = |path: &PathBuf| !path.exists();
+        let files = ["recipe.toml", PREPARED].map(|name| dir.join(name));
+        Self {
+            files: files.into_iter().filter(absent).collect(),
+            folders: dir.ancestors().map(Path::to_owned).take_while(absent).collect(),
+        }
     }
-    let data = prep::with_bar(&config, tokenizer)?;
+
+    fn keep(mut self) {
+        self.files.clear();
+        self.folders.clear();
+    }
+}
+
+impl Drop for Unused {
+    fn drop(&mut self) {
+        for file in &self.files {
+            let _ = std::fs::remove_file(file); // it may not have been made
+        }
+        for folder in &self.folders {
+            // Somebody else may have put something there by now; then it stays.
+            let _ = std::fs::remove_dir(folder);
+        }
+    }
+}
+
+/// The run's prepared rows: read where they are there and fresh, else made. A run that goes on
+/// must find those that it began with.
+fn prepared(
+    recipe: &Recipe,
+    opened: &OpenedBase,
+    folder: &RunFolder,
+    resumes: bool,
+) -> Result<PreparedDataset> {
+    let config = recipe.prepare_config();
+    let path = folder.root().join(PREPARED);
+    let template = PromptTemplate::load(&config.template).into_diagnostic()?;
+    let wanted = key(&config, &template, &opened.tokenizer).into_diagnostic()?;
+    if let Ok(found) = PreparedDataset::read(&path) {
+        if found.key == wanted {
+            return Ok(found);
+        }
+        if resumes {
+            return Err(miette!(
+                "{}: the data, the template, the tokenizer or their limits have changed since this run began; \
+                 put them back, or start a new run in another run.dir",
+                folder.root().display()
+            ));
+        }
+    }
+    let data = prep::with_bar(&config, opened)?;
     data.write(&path).into_diagnostic()?;
     print(&prep::summary(&data.report));
     Ok(data)

@@ -1,5 +1,6 @@
 //! Every operation, forwards and backwards, against plain loops in float64.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test reports by panicking
+#![allow(clippy::float_cmp)] // masks and constants are compared exactly
 
 mod adamw;
 mod attention;
