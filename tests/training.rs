@@ -76,7 +76,15 @@ fn loss_is_the_mean_over_supervised_tokens_and_tokens_are_real() {
         for (instruction, output) in &records {
             let text = prompt(instruction) + output;
             let run = [
-                "inspect", "logits", "--base", &golden("tiny-gqa"), "--text", &text, "--out", "l", "--device",
+                "inspect",
+                "logits",
+                "--base",
+                &golden("tiny-gqa"),
+                "--text",
+                &text,
+                "--out",
+                "l",
+                "--device",
                 device,
             ];
             shop.pronk(run).succeeds();
@@ -315,8 +323,11 @@ fn an_adapter_can_be_trained_on() {
     }
 
     let before = shop.snapshot();
-    shop.train("no", "cpu", &[&gqa, "lora.rank=8"])
-        .fails(&["lora.init_adapter", "has rank 4", "asks for rank 8"]);
+    shop.train("no", "cpu", &[&gqa, "lora.rank=8"]).fails(&[
+        "lora.init_adapter",
+        "has rank 4",
+        "asks for rank 8",
+    ]);
     shop.train("no", "cpu", &["lora.init_adapter=nowhere"]).fails(&["lora.init_adapter", "nowhere"]);
     assert_eq!(shop.snapshot(), before);
 }

@@ -35,7 +35,10 @@ impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<(Self, DecoderConfig), ModelError> {
         let mapped = map(path)?;
         let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| {
-            let cut = format!("not a whole GGUF file ({}); if it was downloaded, download it again", first_line(&e));
+            let cut = format!(
+                "not a whole GGUF file ({}); if it was downloaded, download it again",
+                first_line(&e)
+            );
             ModelError::malformed(path, cut)
         })?;
         let names = content.tensor_infos.keys().map(|name| (hugging_face_name(name), name.clone())).collect();

@@ -82,7 +82,8 @@ fn loss_and_gradients_equal_pefts() {
         for (case, model) in [("gqa", "tiny-gqa"), ("tied", "tiny-tied"), ("rslora", "tiny-gqa")] {
             let (base, decoder) = decoder(model, &device);
             let modules = base.config.linear_modules();
-            let adapter = Adapter::load(&golden().join(format!("adapter-{case}")), &modules, &device).unwrap();
+            let adapter =
+                Adapter::load(&golden().join(format!("adapter-{case}")), &modules, &device).unwrap();
             let batch = pack(&examples(&file, case));
             for recompute in [Recompute::None, Recompute::Blocks] {
                 let n = batch.supervised();
@@ -164,8 +165,10 @@ fn below_the_lowest_adapter_nothing_has_a_gradient() {
     for device in devices() {
         let (base, decoder) = decoder("tiny-gqa", &device);
         let target = "model.layers.1.mlp.down_proj".to_owned();
-        let config =
-            LoraConfig { target_modules: TargetModules::Names(vec![target.clone()]), ..LoraConfig::default() };
+        let config = LoraConfig {
+            target_modules: TargetModules::Names(vec![target.clone()]),
+            ..LoraConfig::default()
+        };
         let adapter = Adapter::init(&config, &base.config.linear_modules(), 0, &device).unwrap();
         let example =
             TokenizedExample { token_ids: vec![5, 6, 7, 8], loss_mask: vec![false, true, true, true] };
