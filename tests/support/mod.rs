@@ -95,8 +95,8 @@ pub struct Workshop {
 impl Workshop {
     pub fn new() -> Self {
         let shop = Self { dir: tempfile::tempdir().unwrap() };
-        shop.write("data.json", &json(&records()));
-        shop.write("recipe.toml", &recipe("tiny-gqa"));
+        shop.write("data.json", json(&records()));
+        shop.write("recipe.toml", recipe("tiny-gqa"));
         shop
     }
 

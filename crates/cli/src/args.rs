@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-/// Cheap instruction tuning: a LoRA adapter and a merged model from an instruction JSON.
+/// Cheap instruction tuning: a `LoRA` adapter and a merged model from an instruction JSON.
 #[derive(Debug, Parser)]
 #[command(name = "pronk", version, propagate_version = true)]
 pub struct Arguments {
@@ -64,7 +64,7 @@ pub struct Train {
     /// Go on with the run in this folder, from its newest checkpoint
     #[arg(long, value_name = "RUN")]
     pub resume: Option<PathBuf>,
-    /// Change a knob of the recipe, such as train.max_steps=8
+    /// Change a knob of the recipe, such as `train.max_steps=8`
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     #[command(flatten)]
@@ -160,7 +160,7 @@ pub enum What {
         /// The text, as it is: no template
         #[arg(long)]
         text: String,
-        /// The file to write: `token_ids` int64 [tokens], `logits` float32 [tokens, vocab]
+        /// The file to write: `token_ids` int64 and `logits` float32, a row of the vocabulary a token
         #[arg(long)]
         out: PathBuf,
         #[command(flatten)]

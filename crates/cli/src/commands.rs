@@ -17,7 +17,7 @@ use crate::args::{Arguments, Command, What};
 pub fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Prep(args) => prep::run(args),
-        Command::Train(args) => return train::run(args),
+        Command::Train(args) => return train::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => match args.what {
@@ -26,7 +26,10 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
                 inspect::logits(&base, adapter.as_deref(), &text, &out, &device.device)
             }
         },
-        Command::Devices => devices::run(),
+        Command::Devices => {
+            devices::run();
+            Ok(())
+        }
     }?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,8 +1,8 @@
 //! An adapter merged into its base: a model that needs no adapter any more, in the base's own
 //! files, names and formats.
 //!
-//! [`merge`] holds one tensor at a time. It writes beside its destination and moves the whole
-//! directory into place once [`verify`] has found that the merged model answers as the base and
+//! [`merge()`] holds one tensor at a time. It writes beside its destination and moves the whole
+//! directory into place once [`verify()`] has found that the merged model answers as the base and
 //! the adapter do; whatever goes wrong before that leaves nothing behind.
 
 mod config_json;

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use burn::tensor::{Bool, Device, Tensor, activation::softmax};
+use burn::tensor::{Bool, Device, Tensor};
 
 /// Which rows of the keys the rows of the queries may look at: one record of a batch, or the
 /// new tokens of a generation against all before them.
@@ -35,7 +35,7 @@ pub fn attention(q: &Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, spans: &[Span]) ->
     Tensor::cat(documents.collect(), 0)
 }
 
-/// One span. Shape trail: n queries, m keys, g = heads / kv_heads, d = `head_dim`.
+/// One span. Shape trail: n queries, m keys, g = `heads / kv_heads`, d = `head_dim`.
 fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>) -> Tensor<2> {
     let [n, heads, d] = q.dims();
     let [m, kv_heads, _] = k.dims();
@@ -51,8 +51,17 @@ fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>) -> Tensor<2> {
         let future = future_mask(g, n, m, &scores.device()).expand([kv_heads, g * n, m]);
         scores = scores.mask_fill(future, f32::NEG_INFINITY);
     }
-    let out = softmax(scores, 2).matmul(v); // (kv, g * n, d)
+    let out = softmax(scores).matmul(v); // (kv, g * n, d)
     out.reshape([kv_heads, g, n, d]).permute([2, 0, 1, 3]).reshape([n, heads * d])
+}
+
+/// Over the last dimension. burn's own is fused by some backends where no graph is recorded; in
+/// plain operations a block computes the same bits whether it is recorded or not.
+fn softmax(scores: Tensor<3>) -> Tensor<3> {
+    let top = scores.clone().detach().max_dim(2);
+    let weights = (scores - top).exp();
+    let total = weights.clone().sum_dim(2);
+    weights / total
 }
 
 /// `[1, g * n, m]`, true where a key lies in its query's future.

@@ -14,7 +14,7 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// Names of the linear layers to adapt, such as `["q_proj", "v_proj"]`, or "all-linear".
     pub target_modules: TargetModules,
-    /// Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA, Kalajdzievski 2023).
+    /// Scale by alpha / sqrt(rank) instead (rank-stabilized `LoRA`, Kalajdzievski 2023).
     pub rslora: bool,
 }
 

@@ -23,6 +23,9 @@ const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
+/// A factor on the host: its key in the file, its shape, its numbers.
+type HostFactor = (String, [usize; 2], Vec<f32>);
+
 impl Adapter {
     /// Writes the adapter into `dir`, each file beside its name and then renamed, and reads the
     /// weights back. `base` is what `base_model_name_or_path` will say.
@@ -47,9 +50,7 @@ impl Adapter {
         if tensors.iter().any(|(_, _, values)| values.iter().any(|x| !x.is_finite())) {
             return Err(not_saved("it holds numbers that are not finite".into()));
         }
-        let zero = |(name, _, values): &(String, [usize; 2], Vec<f32>)| {
-            !name.ends_with(B) || values.iter().all(|&x| x == 0.0)
-        };
+        let zero = |(name, _, values): &HostFactor| !name.ends_with(B) || values.iter().all(|&x| x == 0.0);
         if !fresh && tensors.iter().all(zero) {
             return Err(not_saved("every B is zero after training, so nothing was learned".into()));
         }
@@ -111,7 +112,7 @@ impl Adapter {
     }
 
     /// Every factor on the host, by its key in the file.
-    fn host_tensors(&self) -> Result<Vec<(String, [usize; 2], Vec<f32>)>, LoraError> {
+    fn host_tensors(&self) -> Result<Vec<HostFactor>, LoraError> {
         let host = |name: &str, half: &str, tensor: &Tensor<2>| {
             let values = tensor.try_to_vec_as::<f32>().map_err(|e| LoraError::Malformed {
                 path: name.into(),
@@ -137,7 +138,7 @@ impl Adapter {
     }
 }
 
-fn serialize(tensors: &[(String, [usize; 2], Vec<f32>)]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+fn serialize(tensors: &[HostFactor]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
     let bytes: Vec<Vec<u8>> =
         tensors.iter().map(|(_, _, v)| v.iter().flat_map(|x| x.to_le_bytes()).collect()).collect();
     let views = tensors

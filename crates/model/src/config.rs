@@ -239,12 +239,11 @@ impl Keys<'_> {
     /// A whole number in the range of real models, so that no product of two overflows.
     fn whole(&mut self, key: &str) -> Option<usize> {
         let value = self.map.get(key).filter(|v| !v.is_null())?;
-        match value.as_u64() {
-            Some(n @ 1..=0xFFFF_FFFF) => Some(n as usize),
-            _ => {
-                self.problems.push(format!("{key}: expected a whole number from 1, found {value}"));
-                None
-            }
+        if let Some(n @ 1..=0xFFFF_FFFF) = value.as_u64() {
+            Some(n as usize)
+        } else {
+            self.problems.push(format!("{key}: expected a whole number from 1, found {value}"));
+            None
         }
     }
 

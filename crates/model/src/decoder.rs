@@ -37,9 +37,10 @@ impl Decoder {
             .map(|layer| loader.block(&config, &block_prefix(layer)))
             .collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight")?;
-        let lm_head = match config.tie_word_embeddings {
-            true => embed_tokens.clone(),
-            false => loader.matrix("lm_head.weight")?,
+        let lm_head = if config.tie_word_embeddings {
+            embed_tokens.clone()
+        } else {
+            loader.matrix("lm_head.weight")?
         };
         let rotary = rotary(&config);
         Ok(Self { config, blocks, embed_tokens, norm, lm_head, rotary, device: device.clone() })
@@ -172,10 +173,7 @@ impl Loader<'_> {
 
     fn linear(&mut self, name: String, bias: bool) -> Result<LoraLinear, ModelError> {
         let weight = self.matrix(&format!("{name}.weight"))?;
-        let bias = match bias {
-            true => Some(self.vector(&format!("{name}.bias"))?),
-            false => None,
-        };
+        let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
         Ok(LoraLinear::new(name, FrozenLinear::new(weight, bias)))
     }
 

@@ -143,12 +143,11 @@ impl GgufFile {
         let mut problems = Vec::new();
         let mut size = |key: &str, default: Option<usize>| {
             let found = self.number(&format!("llama.{key}"));
-            match found.filter(|n| (1.0..4e9).contains(n)).map(|n| n as usize).or(default) {
-                Some(n) => n,
-                None => {
-                    problems.push(format!("llama.{key}: expected a whole number from 1, found {found:?}"));
-                    1
-                }
+            if let Some(n) = found.filter(|n| (1.0..4e9).contains(n)).map(|n| n as usize).or(default) {
+                n
+            } else {
+                problems.push(format!("llama.{key}: expected a whole number from 1, found {found:?}"));
+                1
             }
         };
         let hidden_size = size("embedding_length", None);

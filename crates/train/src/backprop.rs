@@ -5,7 +5,7 @@
 //! the gradient at its output back to its input and its adapters. With [`Recompute::Blocks`] the
 //! graph is recorded in the backward pass from the block's saved input, so that one block's graph
 //! is alive at a time; with [`Recompute::None`] it is recorded on the way forward. Both compute the
-//! same numbers, up to the rounding of operations that a backend fuses where no graph is recorded. Below the lowest adapter nothing is saved and nothing differentiated.
+//! same bits. Below the lowest adapter nothing is saved and nothing differentiated.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_data::PackedBatch;
@@ -92,6 +92,7 @@ fn lowest_adapted(decoder: &Decoder, adapter: &Adapter) -> usize {
 }
 
 /// What the forward pass keeps of a block.
+#[allow(clippy::large_enum_variant)] // one a block: a few dozen in all
 enum Saved {
     Input(Tensor<2>),
     Tape(Tape),

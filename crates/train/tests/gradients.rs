@@ -1,4 +1,4 @@
-//! Loss and LoRA gradients against PEFT's, on every CPU device, with and without recompute.
+//! Loss and `LoRA` gradients against PEFT's, on every CPU device, with and without recompute.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test may panic
 
@@ -173,7 +173,14 @@ fn below_the_lowest_adapter_nothing_has_a_gradient() {
         let example =
             TokenizedExample { token_ids: vec![5, 6, 7, 8], loss_mask: vec![false, true, true, true] };
         for recompute in [Recompute::None, Recompute::Blocks] {
-            let micro = loss_and_gradients(&decoder, &adapter, &pack(&[example.clone()]), 3, recompute, None);
+            let micro = loss_and_gradients(
+                &decoder,
+                &adapter,
+                &pack(std::slice::from_ref(&example)),
+                3,
+                recompute,
+                None,
+            );
             assert_eq!(micro.gradients.pairs.keys().collect::<Vec<_>>(), [&target]);
             // B is zero, so A's gradient is too; B's is not.
             let b: Vec<f32> = micro.gradients.pairs[&target].b.try_to_vec_as().unwrap();

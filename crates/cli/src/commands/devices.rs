@@ -1,12 +1,11 @@
 use std::fmt::Write;
 
-use miette::Result;
 use pronk_kernels::{DeviceError, available_devices};
 
 use crate::terminal::print;
 
 /// `pronk devices`
-pub fn run() -> Result<()> {
+pub fn run() {
     let mut table = String::from("backend    devices\n");
     for (name, found) in available_devices() {
         let state = match found {
@@ -20,5 +19,4 @@ pub fn run() -> Result<()> {
         let _ = writeln!(table, "{name:<10} {state}");
     }
     print(&table);
-    Ok(())
 }

@@ -23,7 +23,7 @@ const SAMPLE_TOKENS: usize = 96;
 const PREPARED: &str = "prepared.safetensors";
 
 /// `pronk train`
-pub fn run(args: Train) -> Result<ExitCode> {
+pub fn run(args: &Train) -> Result<ExitCode> {
     let recipe_path = match (&args.recipe, &args.resume) {
         (Some(recipe), _) => recipe.clone(),
         (None, Some(run)) => RunFolder::open(run).into_diagnostic()?.recipe(),
@@ -65,9 +65,12 @@ pub fn run(args: Train) -> Result<ExitCode> {
         progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
     }
     let stop = stop_on_signal()?;
-    unused.into_iter().for_each(Unused::keep);
+    let mut unused = unused.map(Unused::keep);
     let ending = trainer.run(&mut progress, &stop).into_diagnostic();
     progress.finish();
+    if let (Err(_), Some(unused), 0) = (&ending, &mut unused, trainer.step_number()) {
+        unused.armed = true;
+    }
     Ok(report(&ending?, &folder))
 }
 
@@ -89,9 +92,11 @@ fn new_folder(recipe: &Recipe, recipe_path: &Path) -> Result<(RunFolder, Unused)
     Ok((folder, unused))
 }
 
-/// What a new run has made so far; removed again unless it comes to its first step, so that a
+/// What a new run has made so far; removed again unless it gets past its first step, so that a
 /// mistake in the data or a device that is not there leaves nothing behind.
 struct Unused {
+    /// Whether to remove it. Not while training: a bug of ours must not take the results along.
+    armed: bool,
     files: Vec<PathBuf>,
     folders: Vec<PathBuf>,
 }
@@ -100,21 +105,26 @@ impl Unused {
     /// Looks at the run's folder before anything is made.
     fn before(dir: &Path) -> Self {
         let absent = |path: &PathBuf| !path.exists();
-        let files = ["recipe.toml", PREPARED].map(|name| dir.join(name));
+        let names = ["recipe.toml", PREPARED, "samples.md", "metrics.jsonl"];
+        let files = names.map(|name| dir.join(name));
         Self {
+            armed: true,
             files: files.into_iter().filter(absent).collect(),
             folders: dir.ancestors().map(Path::to_owned).take_while(absent).collect(),
         }
     }
 
-    fn keep(mut self) {
-        self.files.clear();
-        self.folders.clear();
+    fn keep(mut self) -> Self {
+        self.armed = false;
+        self
     }
 }
 
 impl Drop for Unused {
     fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
         for file in &self.files {
             let _ = std::fs::remove_file(file); // it may not have been made
         }
