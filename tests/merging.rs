@@ -133,7 +133,7 @@ fn what_is_there_is_not_written_over() {
 fn an_adapter_of_another_base_is_refused() {
     let shop = Workshop::new();
     let before = shop.snapshot();
-    merge(&shop, &golden("tiny-rope-llama3"), &golden("adapter-gqa"), "m", &[]).fails(&[
+    merge(&shop, &golden("tiny-head-dim"), &golden("adapter-gqa"), "m", &[]).fails(&[
         "does not fit",
         "expected shape",
         "found",

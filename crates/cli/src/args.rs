@@ -115,7 +115,7 @@ pub struct Generate {
     #[arg(long, default_value = "alpaca")]
     pub template: String,
     /// Tokens of the answer at most
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, allow_negative_numbers = true)]
     pub max_new_tokens: usize,
     /// 0 always takes the likeliest token
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]

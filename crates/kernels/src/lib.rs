@@ -1,7 +1,7 @@
 //! The few tensor operations that decide how fast and how large a tuning run is.
 //!
 //! Activations are two-dimensional, `[tokens, features]`: the records of a batch lie one after
-//! another, so nothing is ever padded. Only [`attention`] needs to know where a record begins.
+//! another, so nothing is ever padded. Only [`attention()`] needs to know where a record begins.
 //!
 //! Everything here is written in burn's plain operations, which every backend has and which
 //! burn's autodiff differentiates. Where a profile shows the time, an operation gets an
