@@ -89,6 +89,8 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
         scores: file.numbers("tokenizer.ggml.scores").into_iter().map(|n| n as f32).collect(),
         bos: id("bos"),
         eos: id("eos"),
+        unknown: id("unknown"),
+        padding: id("padding"),
         add_bos: flag("add_bos_token"),
         add_space_prefix: flag("add_space_prefix"),
         chat_template: text("chat_template"),

@@ -51,6 +51,10 @@ pub struct GgufVocabulary {
     pub bos: Option<u32>,
     /// `eos_token_id`.
     pub eos: Option<u32>,
+    /// `unknown_token_id`; left out, the first token whose type says so.
+    pub unknown: Option<u32>,
+    /// `padding_token_id`: nothing here pads, but a saved tokenizer's other readers may.
+    pub padding: Option<u32>,
     /// `add_bos_token`.
     pub add_bos: Option<bool>,
     /// `add_space_prefix`.
@@ -177,13 +181,16 @@ impl GgufVocabulary {
     }
 
     fn config(&self, add_bos: bool, bos: Option<&str>, eos: Option<&str>) -> Map<String, Value> {
-        let unknown = (0..self.tokens.len()).find(|&id| self.token_type(id) == UNKNOWN);
+        let by_type = || (0..self.tokens.len()).find(|&id| self.token_type(id) == UNKNOWN);
+        let unknown = self.unknown.map(|id| id as usize).or_else(by_type);
+        let padding = self.padding.map(|id| id as usize);
         let entries = [
             ("tokenizer_class", json!("PreTrainedTokenizerFast")),
             ("add_bos_token", json!(add_bos)),
             ("bos_token", json!(bos)),
             ("eos_token", json!(eos)),
             ("unk_token", json!(unknown.and_then(|id| self.tokens.get(id)))),
+            ("pad_token", json!(padding.and_then(|id| self.tokens.get(id)))),
             ("clean_up_tokenization_spaces", json!(false)),
             ("chat_template", json!(self.chat_template)),
         ];
