@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::api::sync::ApiBuilder;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{GgufVocabulary, TextTokenizer};
 use pronk_kernels::open_device;
@@ -31,8 +31,8 @@ pub fn open(name: &str, folder: &Path) -> Result<OpenedBase> {
     Ok(OpenedBase { base, tokenizer, name: name.to_owned() })
 }
 
-/// The tokenizer alone, for work that touches no weights.
-pub fn locate(name: &str, folder: &Path) -> Result<PathBuf> {
+/// Where the base called `name` lies: a path relative to `folder`, or the hub's cache once it is fetched.
+fn locate(name: &str, folder: &Path) -> Result<PathBuf> {
     let path = folder.join(name);
     if path.exists() {
         return Ok(path);
@@ -67,9 +67,8 @@ fn download(id: &str) -> Result<PathBuf, hf_hub::api::sync::ApiError> {
     };
     let names: Vec<String> =
         repo.info()?.siblings.into_iter().map(|s| s.rfilename).filter(|n| wanted(n)).collect();
-    let fetch = |repo: &ApiRepo, name: &String| repo.get(name);
     for name in &names {
-        fetch(&repo, name)?;
+        repo.get(name)?;
     }
     let config = repo.get("config.json")?;
     Ok(config.parent().unwrap_or(Path::new(".")).to_owned())

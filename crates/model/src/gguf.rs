@@ -123,11 +123,10 @@ impl GgufFile {
 
     fn dequantize(&self, gguf: &str) -> Result<(Vec<f32>, Vec<usize>), ModelError> {
         let mut reader = Cursor::new(&self.mapped[..]);
-        let read = || -> candle_core::Result<_> {
+        let mut read = || -> candle_core::Result<_> {
             let tensor = self.content.tensor(&mut reader, gguf, &Device::Cpu)?.dequantize(&Device::Cpu)?;
             Ok((tensor.flatten_all()?.to_vec1()?, tensor.dims().to_vec()))
         };
-        let mut read = read;
         read().map_err(|e| ModelError::malformed(&self.path, format!("tensor {gguf}: {}", first_line(&e))))
     }
 
