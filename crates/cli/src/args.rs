@@ -24,6 +24,8 @@ pub enum Command {
     Generate(Generate),
     /// Shows what a prepared file holds, or what a model computes
     Inspect(Inspect),
+    /// Writes a base of a published shape with random weights, to measure with
+    Synth(Synth),
     /// Lists the devices this binary can use
     Devices,
 }
@@ -166,6 +168,20 @@ pub enum What {
         #[command(flatten)]
         device: DeviceArgument,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct Synth {
+    /// Whose shape: llama-2-7b, llama-2-13b, llama-3-8b, llama-3.2-1b, llama-3.2-3b, tinyllama-1.1b,
+    /// smollm2-135m
+    #[arg(long, value_name = "NAME")]
+    pub like: String,
+    /// The directory to write; it must not exist, or be empty
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Seeds the weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
 }
 
 #[derive(Debug, Args)]

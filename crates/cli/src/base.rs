@@ -7,7 +7,7 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{GgufVocabulary, TextTokenizer};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
-use pronk_model::{Base, Decoder, GgufFile};
+use pronk_model::{LoadConfig, Base, Decoder, GgufFile};
 
 use crate::progress;
 
@@ -105,10 +105,10 @@ impl OpenedBase {
     }
 
     /// Reads the weights onto `device`, with a bar.
-    pub fn load(&self, device: &str) -> Result<Decoder> {
+    pub fn load(&self, device: &str, config: LoadConfig) -> Result<Decoder> {
         let device = open_device(device).into_diagnostic()?;
         let bar = progress::bar("reading the base", self.base.config.tensors().len());
-        let decoder = Decoder::load(&self.base, &device, |done, _| bar.set_position(done as u64));
+        let decoder = Decoder::load(&self.base, &device, config, |done, _| bar.set_position(done as u64));
         bar.finish_and_clear();
         decoder.into_diagnostic()
     }

@@ -5,6 +5,7 @@ mod generate;
 mod inspect;
 mod merge;
 mod prep;
+mod synth;
 mod train;
 
 use std::process::ExitCode;
@@ -26,6 +27,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
                 inspect::logits(&base, adapter.as_deref(), &text, &out, &device.device)
             }
         },
+        Command::Synth(args) => return synth::run(&args),
         Command::Devices => {
             devices::run();
             Ok(())

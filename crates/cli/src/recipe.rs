@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{Order, PrepareConfig};
+use pronk_kernels::Precision;
 use pronk_lora::LoraConfig;
+use pronk_model::{LoadConfig, Residency};
 use pronk_train::TrainConfig;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use toml::{Table, Value};
@@ -21,11 +23,43 @@ pub struct Recipe {
 }
 
 /// `[base]`
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BaseTable {
     /// A Hugging Face directory, a GGUF file, or a hub id.
     pub path: String,
+    /// What the factors of products with the base are rounded to.
+    pub compute: Compute,
+    /// "streamed" reads the blocks from the disk while it computes: a base of any size fits.
+    pub weights: Residency,
+}
+
+impl Default for BaseTable {
+    fn default() -> Self {
+        Self { path: String::new(), compute: Compute::Auto, weights: Residency::Resident }
+    }
+}
+
+impl BaseTable {
+    /// What the model crate needs of it.
+    pub fn load_config(&self) -> LoadConfig {
+        let precision = match self.compute {
+            Compute::Auto => Precision::fastest(),
+            Compute::F32 => Precision::F32,
+            Compute::Bf16 => Precision::Bf16,
+        };
+        LoadConfig { precision, weights: self.weights }
+    }
+}
+
+/// `base.compute`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// bf16 where this processor has an instruction for it, otherwise float32.
+    Auto,
+    F32,
+    Bf16,
 }
 
 /// `[data]`

@@ -1,17 +1,10 @@
 //! The files of a merged model beside its weights.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-use serde_json::{Value, json};
-
 use crate::ExportError;
-
-/// The one file of a checkpoint that needs no index.
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
 /// What goes with a base: its tokenizer, its templates, its way to generate.
 const COMPANIONS: [&str; 9] = [
@@ -47,22 +40,4 @@ fn copy(from: &Path, to: &Path) -> Result<(), ExportError> {
     let mut source = File::open(from).map_err(ExportError::io(from))?;
     let mut target = File::create_new(to).map_err(ExportError::io(to))?;
     io::copy(&mut source, &mut target).map(drop).map_err(ExportError::io(to))
-}
-
-/// Writes which tensor is in which file, where there is more to know than one file's name.
-pub fn write_index(
-    dir: &Path,
-    weight_map: &BTreeMap<String, String>,
-    total_size: u64,
-) -> Result<(), ExportError> {
-    if weight_map.values().all(|file| file == SINGLE) {
-        return Ok(());
-    }
-    let index = json!({"metadata": {"total_size": total_size}, "weight_map": weight_map});
-    write_json(&dir.join(INDEX), &index)
-}
-
-/// Writes `value` as people read it.
-pub fn write_json(path: &Path, value: &Value) -> Result<(), ExportError> {
-    fs::write(path, format!("{value:#}\n")).map_err(ExportError::io(path))
 }

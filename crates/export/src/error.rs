@@ -6,7 +6,7 @@ use pronk_model::ModelError;
 /// What can go wrong with a merge. Nothing of the merged model is left behind then.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    /// A base, or a merged model, that cannot be read.
+    /// A base, or a merged model, that cannot be read, or a destination that cannot be written to.
     #[error(transparent)]
     Model(#[from] ModelError),
     /// A file or a directory that cannot be read or written.
@@ -16,14 +16,6 @@ pub enum ExportError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
-    },
-    /// A destination that must not be written to.
-    #[error("{path}: cannot merge into this directory: {problem}")]
-    Destination {
-        /// The destination.
-        path: PathBuf,
-        /// What was expected, what was found, and what to do.
-        problem: String,
     },
     /// A format that does not exist.
     #[error("dtype: expected f32, f16 or bf16, found '{found}'")]

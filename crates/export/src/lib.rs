@@ -10,8 +10,6 @@ mod directory;
 mod dtype;
 mod error;
 mod merge;
-mod shard;
-mod staging;
 mod update;
 mod verify;
 

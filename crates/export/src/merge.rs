@@ -1,15 +1,12 @@
-use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
 
 use burn::tensor::Device;
 use pronk_lora::Adapter;
-use pronk_model::Base;
+use pronk_model::{Base, Shard, ShardSpec, Staging, TensorSpec, WeightsWriter, WrittenWeights};
 
 use crate::config_json::{CONFIG, config_json};
-use crate::directory::{copy_companions, write_index, write_json};
-use crate::shard::{self, Entry};
-use crate::staging::Staging;
+use crate::directory::copy_companions;
 use crate::update::Update;
 use crate::{Dtype, ExportError, Verification, verify};
 
@@ -73,48 +70,55 @@ pub fn merge(
 ) -> Result<MergeReport, ExportError> {
     let update = Update::new(base, adapter, options.dtype)?;
     verify::check_prompt(base, &options.prompt)?;
-    let staging = Staging::beside(out, &base.path)?;
+    let staging = Staging::beside(out, Some(&base.path))?;
     let dir = staging.path();
-    let (weight_map, bytes) = write_weights(base, &update, dir, options, progress)?;
-    write_index(dir, &weight_map, bytes)?;
-    write_json(&dir.join(CONFIG), &config_json(base, options.dtype)?)?;
+    let shards = plan(base, &update, options)?;
+    let WrittenWeights { files, tensors, bytes } = write_weights(&update, shards, &staging, progress)?;
+    staging.add_file(CONFIG, format!("{:#}\n", config_json(base, options.dtype)?).as_bytes())?;
     if base.gguf().is_none() {
         copy_companions(&base.path, dir)?;
     }
     finish(dir).map_err(ExportError::Finish)?;
     let verification = verify::verify(base, adapter, dir, &options.prompt, device)?;
     staging.publish()?;
-    let mut files: Vec<String> = weight_map.values().cloned().collect();
-    files.sort();
-    files.dedup();
-    Ok(MergeReport { files, tensors: weight_map.len(), adapted: update.len(), bytes, verification })
+    Ok(MergeReport { files, tensors, adapted: update.len(), bytes, verification })
 }
 
-/// Writes every shard; returns each tensor's file, and the bytes of all numbers.
-fn write_weights(
-    base: &Base,
-    update: &Update,
-    dir: &Path,
-    options: &MergeOptions,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<(BTreeMap<String, String>, u64), ExportError> {
+/// The base's files, with the formats that their tensors will have.
+fn plan(base: &Base, update: &Update, options: &MergeOptions) -> Result<Vec<ShardSpec>, ExportError> {
     let mut shapes = base.shapes();
-    let (mut done, total) = (0, shapes.len());
-    let (mut weight_map, mut bytes) = (BTreeMap::new(), 0);
-    progress(done, total);
-    for shard in base.shards(options.shard_bytes, options.dtype.unwrap_or(Dtype::F32).bytes()) {
-        let mut entries = Vec::with_capacity(shard.tensors.len());
+    let shards = base.shards(options.shard_bytes, options.dtype.unwrap_or(Dtype::F32).bytes());
+    let spec = |shard: Shard| {
+        let mut tensors = Vec::with_capacity(shard.tensors.len());
         for name in shard.tensors {
-            let (dtype, shape) = (update.dtype(&name)?, shapes.remove(&name).unwrap_or_default());
-            weight_map.insert(name.clone(), shard.file.clone());
-            entries.push(Entry { name, dtype, shape });
+            let (dtype, shape) = (update.dtype(&name)?.in_file(), shapes.remove(&name).unwrap_or_default());
+            tensors.push(TensorSpec { name, dtype, shape });
         }
-        bytes += shard::write(&dir.join(&shard.file), entries, |name| {
-            let tensor = update.apply(name)?;
-            done += 1;
-            progress(done, total);
-            Ok(tensor)
-        })?;
+        // As safetensors orders them: the widest format first, so that all numbers lie aligned.
+        tensors.sort_by(|x, y| (y.dtype.bitsize(), &x.name).cmp(&(x.dtype.bitsize(), &y.name)));
+        Ok(ShardSpec { file: shard.file, tensors })
+    };
+    shards.into_iter().map(spec).collect()
+}
+
+/// Computes one tensor after another while it is written.
+fn write_weights(
+    update: &Update,
+    shards: Vec<ShardSpec>,
+    staging: &Staging,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<WrittenWeights, ExportError> {
+    let tensors: Vec<TensorSpec> = shards.iter().flat_map(|shard| shard.tensors.clone()).collect();
+    let mut writer = WeightsWriter::new(staging, shards);
+    progress(0, tensors.len());
+    for (done, spec) in (1..).zip(&tensors) {
+        let tensor = update.apply(&spec.name)?;
+        if (tensor.dtype, &tensor.shape) != (spec.dtype, &spec.shape) {
+            let problem = format!("{}: the tensor is not as its file's header says", spec.name);
+            return Err(ExportError::Malformed { path: staging.destination().into(), problem });
+        }
+        writer.write(&spec.name, &tensor.bytes)?;
+        progress(done, tensors.len());
     }
-    Ok((weight_map, bytes))
+    Ok(writer.finish()?)
 }

@@ -3,7 +3,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use pronk_kernels::open_device;
 use pronk_lora::{Adapter, ForwardMode};
-use pronk_model::{Base, streamed_logits};
+use pronk_model::{Base, Decoder, LoadConfig, Residency};
 
 use crate::update::values;
 use crate::{Dtype, ExportError};
@@ -86,7 +86,10 @@ fn logits(
     prompt: &[u32],
     device: &Device,
 ) -> Result<Vec<f32>, ExportError> {
-    let logits = values(&streamed_logits(base, device, prompt, ForwardMode::inference(adapter))?)?;
+    // A block at a time: a machine that can merge a base can verify it too.
+    let config = LoadConfig { weights: Residency::Streamed, ..LoadConfig::default() };
+    let decoder = Decoder::load(base, device, config, |_, _| {})?;
+    let logits = values(&decoder.logits(prompt, ForwardMode::inference(adapter)))?;
     match logits.iter().find(|x| !x.is_finite()) {
         Some(x) => {
             let problem = format!("expected finite logits, found {x} among those of {whose}");

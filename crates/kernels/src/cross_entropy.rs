@@ -1,7 +1,9 @@
 use burn::tensor::{Int, Tensor, TensorData};
 
-/// Rows of logits alive at a time: at a vocabulary of 32,000 about 32 MB.
-const CHUNK: usize = 256;
+use crate::FrozenLinear;
+
+/// Logits alive at a time, 32 MB of them: 256 rows at a vocabulary of 32,000.
+const LOGITS: usize = 8 << 20;
 
 /// Sum of the losses and, where asked for, their gradient.
 #[derive(Debug, Clone)]
@@ -12,37 +14,36 @@ pub struct CrossEntropy {
     pub gradient: Option<Tensor<2>>,
 }
 
-/// Cross-entropy straight from the hidden states, through the output projection `head`
-/// `[vocab, hidden]`, a chunk of rows at a time, so that the full logits never exist.
+/// Cross-entropy straight from the hidden states, through the output projection `head`, a chunk of
+/// rows at a time, so that the full logits never exist.
 ///
 /// The head is frozen and this is the end of the graph, so the gradient is written down rather
 /// than recorded: with `p = softmax(h W^T)` it is `p W - W[target]`.
 ///
 /// # Shapes
 /// - hidden: `[rows, hidden]`, only rows that have a target; targets: one id for each
+/// - head: from `hidden` to the vocabulary
 pub fn cross_entropy(
     hidden: &Tensor<2>,
-    head: &Tensor<2>,
+    head: &FrozenLinear,
     targets: &[u32],
     with_gradient: bool,
 ) -> CrossEntropy {
     let device = hidden.device();
+    let rows = (LOGITS / head.out_features()).clamp(32, 1024);
     let mut sum = Tensor::<1>::zeros([1], &device);
     let mut gradients = Vec::new();
-    for (i, chunk) in targets.chunks(CHUNK).enumerate() {
+    for (i, chunk) in targets.chunks(rows).enumerate() {
+        let logits = head.forward(hidden.clone().narrow(0, i * rows, chunk.len())); // [rows, vocab]
         let ids: Vec<i64> = chunk.iter().map(|&t| i64::from(t)).collect();
-        let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [chunk.len()]), &device);
-        let h = hidden.clone().narrow(0, i * CHUNK, chunk.len());
-        let target_rows = head.clone().select(0, ids); // [rows, hidden]
-
-        let logits = h.clone().matmul(head.clone().transpose()); // [rows, vocab]
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [chunk.len(), 1]), &device);
+        let target_logits = logits.clone().gather(1, ids);
         let top = logits.clone().max_dim(1);
         let weights = (logits - top.clone()).exp();
         let total = weights.clone().sum_dim(1); // [rows, 1]
-        let target_logits = (h * target_rows.clone()).sum_dim(1);
         sum = sum + (total.clone().log() + top - target_logits).sum();
         if with_gradient {
-            gradients.push(weights.matmul(head.clone()) / total - target_rows);
+            gradients.push(head.backward(weights / total) - head.rows(chunk, &device));
         }
     }
     // Without targets there are no rows, and nothing to concatenate.

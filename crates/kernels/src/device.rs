@@ -154,6 +154,12 @@ pub fn open_device(name: &str) -> Result<Device, DeviceError> {
     Ok(devices.swap_remove(index))
 }
 
+/// Whether `device` is this machine's processor, so that its tensors lie in host memory.
+pub fn computes_on_host(device: &Device) -> bool {
+    let host = [flex(), tch_cpu()].concat();
+    host.contains(&device.clone().without_autodiff())
+}
+
 /// Every backend by name, with its devices' names or the reason why it has none.
 pub fn available_devices() -> Vec<(&'static str, Result<Vec<String>, DeviceError>)> {
     BACKENDS

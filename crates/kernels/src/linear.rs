@@ -1,42 +1,101 @@
-use burn::tensor::Tensor;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::frozen::{Direction, FrozenMatrix, Precision, frozen_product};
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]
 pub struct FrozenLinear {
-    weight: Tensor<2>,
+    weight: Weight,
     bias: Option<Tensor<1>>,
 }
 
+#[derive(Debug, Clone)]
+enum Weight {
+    /// On the device, `[out, in]`.
+    Device(Tensor<2>),
+    /// In host memory, in the format that it is kept in.
+    Host(Arc<FrozenMatrix>, Precision),
+}
+
 impl FrozenLinear {
-    /// `weight` is `[out, in]` as checkpoints store it, `bias` is `[out]`.
+    /// `weight` is `[out, in]` as checkpoints store it, on the device; `bias` is `[out]`.
     pub fn new(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
-        Self { weight, bias }
+        Self { weight: Weight::Device(weight), bias }
+    }
+
+    /// `weight` is `[out, in]` in host memory, quantized or not, and stays as it is: products
+    /// dequantize a tile of it at a time and round their factors to `precision`.
+    pub fn on_host(weight: Arc<FrozenMatrix>, precision: Precision, bias: Option<Tensor<1>>) -> Self {
+        Self { weight: Weight::Host(weight, precision), bias }
     }
 
     /// Features of the input.
     pub fn in_features(&self) -> usize {
-        self.weight.dims()[1]
+        self.shape()[1]
     }
 
     /// Features of the output.
     pub fn out_features(&self) -> usize {
-        self.weight.dims()[0]
+        self.shape()[0]
+    }
+
+    fn shape(&self) -> [usize; 2] {
+        match &self.weight {
+            Weight::Device(weight) => weight.dims(),
+            Weight::Host(weight, _) => weight.shape(),
+        }
+    }
+
+    /// The same layer with its weight on `device`, in float32.
+    #[must_use]
+    pub fn on_device(&self, device: &Device) -> Self {
+        let Weight::Host(weight, _) = &self.weight else { return self.clone() };
+        let rows: Vec<u32> = (0..weight.shape()[0] as u32).collect();
+        let bias = self.bias.clone().map(|bias| bias.to_device(device));
+        Self::new(Tensor::from_data(weight.select(&rows), device), bias)
     }
 
     /// # Shapes
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        // The transpose is a view: products read it through its strides.
-        let y = x.matmul(self.weight.clone().transpose());
+        let y = match &self.weight {
+            // The transpose is a view: products read it through its strides.
+            Weight::Device(weight) => x.matmul(weight.clone().transpose()),
+            Weight::Host(weight, precision) => frozen_product(x, weight, Direction::Forward, *precision),
+        };
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
         }
     }
 
-    /// The weight, `[out, in]`, as it takes part in products.
-    pub fn weight(&self) -> Tensor<2> {
-        self.weight.clone()
+    /// The gradient at the input for `dy` at the output, `dy W`.
+    ///
+    /// # Shapes
+    /// - dy: `[tokens, out]`
+    /// - result: `[tokens, in]`
+    pub fn backward(&self, dy: Tensor<2>) -> Tensor<2> {
+        match &self.weight {
+            Weight::Device(weight) => dy.matmul(weight.clone()),
+            Weight::Host(weight, precision) => frozen_product(dy, weight, Direction::Backward, *precision),
+        }
+    }
+
+    /// Rows of the weight, `[ids, in]`: of an output projection, what points at those tokens.
+    ///
+    /// # Panics
+    /// Where an id is no row.
+    pub fn rows(&self, ids: &[u32], device: &Device) -> Tensor<2> {
+        match &self.weight {
+            Weight::Device(weight) => {
+                let indices: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+                let data = TensorData::new(indices, [ids.len()]);
+                weight.clone().select(0, Tensor::<1, Int>::from_data(data, device))
+            }
+            Weight::Host(weight, _) => Tensor::from_data(weight.select(ids), device),
+        }
     }
 }

@@ -1,4 +1,4 @@
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use pronk_kernels::{Dropout, FrozenLinear};
 
 use crate::Adapter;
@@ -30,6 +30,12 @@ impl LoraLinear {
     /// `name` is the module's name in the checkpoint, without `.weight`.
     pub fn new(name: String, base: FrozenLinear) -> Self {
         Self { name, base }
+    }
+
+    /// The same layer with its weight on `device`.
+    #[must_use]
+    pub fn on_device(&self, device: &Device) -> Self {
+        Self { name: self.name.clone(), base: self.base.on_device(device) }
     }
 
     /// `base(x) + scale * (dropout(x) A^T) B^T`, or `base(x)` where no adapter sits.

@@ -2,9 +2,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
+use pronk_kernels::{Format, FrozenError, FrozenMatrix};
 use safetensors::Dtype;
 
-use crate::{DecoderConfig, GgufFile, HostTensor, ModelError, safetensors_files::SafetensorsFiles};
+use crate::mapped::Pages;
+use crate::safetensors_files::SafetensorsFiles;
+use crate::{DecoderConfig, GgufFile, HostTensor, ModelError};
 
 /// A frozen base on the disk: opened, mapped, and checked against its configuration.
 #[derive(Debug)]
@@ -77,6 +81,39 @@ impl Base {
         })
     }
 
+    /// A matrix as it lies on the disk, mapped, not read; quantized numbers stay quantized.
+    pub fn matrix(&self, name: &str) -> Result<FrozenMatrix, ModelError> {
+        if let Weights::Safetensors(files) = &self.weights
+            && let Some((pages, dtype, &[rows, cols])) = files.pages(name)
+            && let Some(format) = dense_format(dtype)
+        {
+            return self.frozen(name, FrozenMatrix::dense(format, [rows, cols], pages.bytes()));
+        }
+        let host = self.read(name)?;
+        let &[rows, cols] = &host.shape[..] else {
+            let problem = format!("{name}: expected a matrix, found shape {:?}", host.shape);
+            return Err(ModelError::Weights { path: self.path.clone(), problems: vec![problem] });
+        };
+        let values = Bytes::from(host.cast(Dtype::F32).bytes.into_owned());
+        self.frozen(name, FrozenMatrix::dense(Format::F32, [rows, cols], values))
+    }
+
+    fn frozen(
+        &self,
+        name: &str,
+        matrix: Result<FrozenMatrix, FrozenError>,
+    ) -> Result<FrozenMatrix, ModelError> {
+        matrix.map_err(|e| ModelError::Weights { path: self.path.clone(), problems: vec![format!("{name}: {e}")] })
+    }
+
+    /// Where a tensor lies in a mapped file; nothing where it was read into memory instead.
+    pub(crate) fn pages(&self, name: &str) -> Option<Pages> {
+        match &self.weights {
+            Weights::Safetensors(files) => files.pages(name).map(|(pages, ..)| pages),
+            Weights::Gguf(_) => None,
+        }
+    }
+
     /// Shapes of all tensors that the base holds, by name.
     pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         match &self.weights {
@@ -130,6 +167,15 @@ impl Base {
             }
             Weights::Gguf(_) => Dtype::F32,
         }
+    }
+}
+
+fn dense_format(dtype: Dtype) -> Option<Format> {
+    match dtype {
+        Dtype::F32 => Some(Format::F32),
+        Dtype::F16 => Some(Format::F16),
+        Dtype::BF16 => Some(Format::Bf16),
+        _ => None,
     }
 }
 

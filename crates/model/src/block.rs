@@ -84,6 +84,24 @@ impl Block {
         x + self.feed_forward(h, mode)
     }
 
+    /// The same block with its weights on `device`.
+    pub(crate) fn on_device(&self, device: &Device) -> Self {
+        let linear = |linear: &LoraLinear| linear.on_device(device);
+        Self {
+            input_layernorm: self.input_layernorm.clone(),
+            q_proj: linear(&self.q_proj),
+            k_proj: linear(&self.k_proj),
+            v_proj: linear(&self.v_proj),
+            o_proj: linear(&self.o_proj),
+            post_attention_layernorm: self.post_attention_layernorm.clone(),
+            gate_proj: linear(&self.gate_proj),
+            up_proj: linear(&self.up_proj),
+            down_proj: linear(&self.down_proj),
+            head_dim: self.head_dim,
+            rms_norm_eps: self.rms_norm_eps,
+        }
+    }
+
     fn attend(
         &self,
         x: Tensor<2>,

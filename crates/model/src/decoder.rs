@@ -1,11 +1,15 @@
+use std::iter::Peekable;
 use std::ops::Range;
+use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use pronk_kernels::{FrozenLinear, Rotary, rms_norm};
-use pronk_lora::{ForwardMode, LoraLinear};
+use burn::tensor::{Device, Tensor};
+use pronk_kernels::{FrozenLinear, FrozenMatrix, Rotary, computes_on_host, rms_norm};
+use pronk_lora::ForwardMode;
 
 use crate::block::rotary;
 use crate::config::block_prefix;
+use crate::loader::{LoadConfig, Loader, Residency};
+use crate::mapped::Pages;
 use crate::{Base, Block, DecoderConfig, LayerCache, Layout, ModelError};
 
 /// A frozen base on a device.
@@ -13,37 +17,47 @@ use crate::{Base, Block, DecoderConfig, LayerCache, Layout, ModelError};
 pub struct Decoder {
     /// What it looks like.
     pub config: DecoderConfig,
-    blocks: Vec<Block>,
-    embed_tokens: Tensor<2>,
+    blocks: Vec<Arc<Block>>,
+    /// Where each block's weights lie on the disk, when they are streamed from there.
+    streamed: Option<Vec<Vec<Pages>>>,
+    embed_tokens: Arc<FrozenMatrix>,
     norm: Tensor<1>,
-    lm_head: Tensor<2>,
+    lm_head: FrozenLinear,
     rotary: Rotary,
     device: Device,
 }
 
 impl Decoder {
-    /// Reads `base` onto `device`, in float32. `progress` hears of each tensor: how many are
+    /// Opens `base` for computing on `device`. On the host's processor weights stay where they are,
+    /// mapped; other devices get them in float32. `progress` hears of each tensor: how many are
     /// there, and how many there will be.
     pub fn load(
         base: &Base,
         device: &Device,
+        config: LoadConfig,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Self, ModelError> {
-        let config = base.config.clone();
-        let total = config.tensors().len();
-        let mut loader = Loader { base, device, done: 0, progress: &mut |done| progress(done, total) };
+        let total = base.config.tensors().len();
+        let mut loader =
+            Loader { base, device, config, done: 0, progress: &mut |done| progress(done, total) };
         let embed_tokens = loader.matrix("model.embed_tokens.weight")?;
-        let blocks = (0..config.num_hidden_layers)
-            .map(|layer| loader.block(&config, &block_prefix(layer)))
-            .collect::<Result<_, _>>()?;
+        let layers = 0..base.config.num_hidden_layers;
+        let blocks = layers.clone().map(|layer| loader.block(layer).map(Arc::new));
+        let blocks = blocks.collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight")?;
-        let lm_head = if config.tie_word_embeddings {
-            embed_tokens.clone()
-        } else {
-            loader.matrix("lm_head.weight")?
-        };
-        let rotary = rotary(&config);
-        Ok(Self { config, blocks, embed_tokens, norm, lm_head, rotary, device: device.clone() })
+        let head =
+            if base.config.tie_word_embeddings { Arc::clone(&embed_tokens) } else { loader.matrix("lm_head.weight")? };
+        Ok(Self {
+            config: base.config.clone(),
+            blocks,
+            streamed: (config.weights == Residency::Streamed)
+                .then(|| layers.map(|layer| loader.pages(layer)).collect()),
+            embed_tokens,
+            norm,
+            lm_head: loader.linear(head, None),
+            rotary: rotary(&base.config),
+            device: device.clone(),
+        })
     }
 
     /// Where it computes.
@@ -51,9 +65,15 @@ impl Decoder {
         &self.device
     }
 
-    /// The blocks, first to last.
-    pub fn blocks(&self) -> &[Block] {
-        &self.blocks
+    /// How many blocks there are.
+    pub fn layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// The blocks of the layers in `order`, each with its number. Where weights are streamed, the
+    /// next one is read while the caller computes with one, and one left behind is let go.
+    pub fn visit<I: Iterator<Item = usize>>(&self, order: I) -> Visit<'_, I> {
+        Visit { decoder: self, order: order.peekable(), previous: None }
     }
 
     /// What the names of a block's modules begin with.
@@ -61,14 +81,14 @@ impl Decoder {
         block_prefix(layer)
     }
 
-    /// The output projection, `[vocab, hidden]`.
-    pub fn lm_head(&self) -> &Tensor<2> {
+    /// The output projection, from `hidden` to the vocabulary.
+    pub fn lm_head(&self) -> &FrozenLinear {
         &self.lm_head
     }
 
     /// Embeddings of `token_ids`, `[tokens, hidden]`.
     pub fn embed(&self, token_ids: &[u32]) -> Tensor<2> {
-        rows(self.embed_tokens.clone(), token_ids, &self.device)
+        Tensor::from_data(self.embed_tokens.select(token_ids), &self.device)
     }
 
     /// The layout of records that lie one after another.
@@ -84,7 +104,7 @@ impl Decoder {
     /// Hidden states behind the last block, `[tokens, hidden]`.
     pub fn hidden(&self, token_ids: &[u32], layout: &Layout, mode: ForwardMode) -> Tensor<2> {
         let x = self.embed(token_ids);
-        self.blocks.iter().fold(x, |x, block| block.forward(x, layout, mode, None))
+        self.visit(0..self.layers()).fold(x, |x, (_, block)| block.forward(x, layout, mode, None))
     }
 
     /// Logits of every token of one text, `[tokens, vocab]`.
@@ -107,91 +127,53 @@ impl Decoder {
     ) -> Tensor<2> {
         let layout = Layout::continuation(&self.rotary, before, token_ids.len(), &self.device);
         let mut x = self.embed(token_ids);
-        for (block, cache) in self.blocks.iter().zip(caches) {
+        for ((_, block), cache) in self.visit(0..self.layers()).zip(caches) {
             x = block.forward(x, &layout, mode, Some(cache));
         }
         self.project(x.narrow(0, token_ids.len() - 1, 1))
     }
 
     fn project(&self, hidden: Tensor<2>) -> Tensor<2> {
-        self.final_norm(hidden).matmul(self.lm_head.clone().transpose())
+        self.lm_head.forward(self.final_norm(hidden))
     }
 }
 
-/// What [`Decoder::logits`] computes, without a decoder: each block is read, run and dropped in
-/// turn, so that a base of any size takes the memory of one block, or of its embeddings.
-pub fn streamed_logits(
-    base: &Base,
-    device: &Device,
-    token_ids: &[u32],
-    mode: ForwardMode,
-) -> Result<Tensor<2>, ModelError> {
-    let config = &base.config;
-    let mut loader = Loader { base, device, done: 0, progress: &mut |_| {} };
-    let mut x = rows(loader.matrix("model.embed_tokens.weight")?, token_ids, device);
-    let positions: Vec<u32> = (0..token_ids.len() as u32).collect();
-    let whole: Range<usize> = 0..token_ids.len();
-    let layout = Layout::documents(&rotary(config), &positions, std::slice::from_ref(&whole), device);
-    for layer in 0..config.num_hidden_layers {
-        x = loader.block(config, &block_prefix(layer))?.forward(x, &layout, mode, None);
-    }
-    let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
-    let hidden = rms_norm(x, &loader.vector("model.norm.weight")?, config.rms_norm_eps);
-    Ok(hidden.matmul(loader.matrix(head)?.transpose()))
+/// See [`Decoder::visit`].
+#[derive(Debug)]
+pub struct Visit<'a, I: Iterator<Item = usize>> {
+    decoder: &'a Decoder,
+    order: Peekable<I>,
+    previous: Option<usize>,
 }
 
-/// Embeddings of `token_ids`, `[tokens, hidden]`.
-fn rows(embed_tokens: Tensor<2>, token_ids: &[u32], device: &Device) -> Tensor<2> {
-    let ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
-    embed_tokens.select(0, Tensor::<1, Int>::from_data(TensorData::new(ids, [token_ids.len()]), device))
+impl<I: Iterator<Item = usize>> Iterator for Visit<'_, I> {
+    type Item = (usize, Arc<Block>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.leave();
+        let layer = self.order.next()?;
+        let block = Arc::clone(&self.decoder.blocks[layer]);
+        let Some(pages) = &self.decoder.streamed else { return Some((layer, block)) };
+        self.previous = Some(layer);
+        if let Some(&next) = self.order.peek() {
+            let next = pages[next].clone();
+            std::thread::spawn(move || next.iter().for_each(Pages::read_ahead));
+        }
+        let here = computes_on_host(&self.decoder.device);
+        Some((layer, if here { block } else { Arc::new(block.on_device(&self.decoder.device)) }))
+    }
 }
 
-/// Reads tensors onto a device, counting them.
-struct Loader<'a> {
-    base: &'a Base,
-    device: &'a Device,
-    done: usize,
-    progress: &'a mut dyn FnMut(usize),
+impl<I: Iterator<Item = usize>> Visit<'_, I> {
+    fn leave(&mut self) {
+        if let (Some(pages), Some(layer)) = (&self.decoder.streamed, self.previous.take()) {
+            pages[layer].iter().for_each(Pages::release);
+        }
+    }
 }
 
-impl Loader<'_> {
-    fn tensor<const D: usize>(&mut self, name: &str) -> Result<Tensor<D>, ModelError> {
-        let host = self.base.read(name)?;
-        let tensor = Tensor::from_data(TensorData::new(host.to_f32(), host.shape), self.device);
-        self.done += 1;
-        (self.progress)(self.done);
-        Ok(tensor)
-    }
-
-    fn matrix(&mut self, name: &str) -> Result<Tensor<2>, ModelError> {
-        self.tensor(name)
-    }
-
-    fn vector(&mut self, name: &str) -> Result<Tensor<1>, ModelError> {
-        self.tensor(name)
-    }
-
-    fn linear(&mut self, name: String, bias: bool) -> Result<LoraLinear, ModelError> {
-        let weight = self.matrix(&format!("{name}.weight"))?;
-        let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
-        Ok(LoraLinear::new(name, FrozenLinear::new(weight, bias)))
-    }
-
-    fn block(&mut self, config: &DecoderConfig, prefix: &str) -> Result<Block, ModelError> {
-        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
-        let mut linear = |name: &str, bias| self.linear(format!("{prefix}{name}"), bias);
-        Ok(Block {
-            q_proj: linear("self_attn.q_proj", attention)?,
-            k_proj: linear("self_attn.k_proj", attention)?,
-            v_proj: linear("self_attn.v_proj", attention)?,
-            o_proj: linear("self_attn.o_proj", attention)?,
-            gate_proj: linear("mlp.gate_proj", mlp)?,
-            up_proj: linear("mlp.up_proj", mlp)?,
-            down_proj: linear("mlp.down_proj", mlp)?,
-            input_layernorm: self.vector(&format!("{prefix}input_layernorm.weight"))?,
-            post_attention_layernorm: self.vector(&format!("{prefix}post_attention_layernorm.weight"))?,
-            head_dim: config.head_dim,
-            rms_norm_eps: config.rms_norm_eps,
-        })
+impl<I: Iterator<Item = usize>> Drop for Visit<'_, I> {
+    fn drop(&mut self) {
+        self.leave();
     }
 }

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 /// What can go wrong with a base.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// A file that cannot be read.
+    /// A file or a directory that cannot be read or written.
     #[error("{path}: {source}")]
     Io {
         /// The file.
@@ -43,6 +43,27 @@ pub enum ModelError {
         /// Each with the tensor's name, expected and found.
         problems: Vec<String>,
     },
+    /// A destination that must not be written to.
+    #[error("{path}: cannot write to this directory: {problem}")]
+    Destination {
+        /// The destination.
+        path: PathBuf,
+        /// What was expected, what was found, and what to do.
+        problem: String,
+    },
+    /// A shape that is not in [`SHAPES`](crate::SHAPES).
+    #[error("no published shape is called '{found}'{meant}\n  there are: {known}")]
+    UnknownShape {
+        /// What was asked for.
+        found: String,
+        /// The name that was probably meant, as a question, or nothing.
+        meant: String,
+        /// The names there are.
+        known: String,
+    },
+    /// The caller has asked to stop.
+    #[error("stopped; nothing is left behind")]
+    Interrupted,
     /// Numbers that could not be read back from the device.
     #[error("the device failed while reading results back: {0}")]
     Device(String),

@@ -31,7 +31,7 @@ pub fn generate(
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>, ModelError> {
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-    let mut caches = vec![LayerCache::default(); decoder.blocks().len()];
+    let mut caches = vec![LayerCache::default(); decoder.layers()];
     let room = decoder.config.max_position_embeddings.saturating_sub(prompt.len());
     let (mut answer, mut new, mut before) = (Vec::new(), prompt.to_vec(), 0);
     while answer.len() < sampling.max_new_tokens.min(room) && !new.is_empty() {

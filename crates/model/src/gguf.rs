@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
-use memmap2::Mmap;
 use pronk_kernels::RopeScaling;
 use safetensors::Dtype;
 
-use crate::{DecoderConfig, HostTensor, ModelError, mapped::map};
+use crate::mapped::MappedFile;
+use crate::{DecoderConfig, HostTensor, ModelError};
 
 /// An opened GGUF file.
 pub struct GgufFile {
     path: PathBuf,
-    mapped: Mmap,
+    mapped: MappedFile,
     content: Content,
     /// The file's tensor names by Hugging Face's.
     names: BTreeMap<String, String>,
@@ -33,7 +33,7 @@ impl std::fmt::Debug for GgufFile {
 
 impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<(Self, DecoderConfig), ModelError> {
-        let mapped = map(path)?;
+        let mapped = MappedFile::open(path)?;
         let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| {
             let cut = format!(
                 "not a whole GGUF file ({}); if it was downloaded, download it again",

@@ -1,26 +1,37 @@
-//! The frozen base: reading it, and running it.
+//! The frozen base: reading it, running it, and writing one.
 //!
 //! A [`Base`] is what lies on the disk: a Hugging Face directory or a GGUF file, opened and
 //! checked against its own configuration. A [`Decoder`] is that base on a device: an embedding,
 //! blocks, a norm, a head. Blocks are plain values with a plain `forward`, so that training can
-//! run them one at a time, forwards and backwards.
+//! run them one at a time, forwards and backwards. A [`CheckpointWriter`] writes a new one, which
+//! [`synthesize`] fills with random weights.
 
 mod base;
 mod block;
+mod checkpoint_writer;
 mod config;
 mod decoder;
 mod error;
 mod generate;
 mod gguf;
 mod host_tensor;
+mod loader;
 mod mapped;
 mod safetensors_files;
+mod staging;
+mod synth;
+mod weights_writer;
 
 pub use base::{Base, Shard};
 pub use block::{Block, LayerCache, Layout};
+pub use checkpoint_writer::CheckpointWriter;
 pub use config::DecoderConfig;
-pub use decoder::{Decoder, streamed_logits};
+pub use decoder::{Decoder, Visit};
 pub use error::ModelError;
 pub use generate::{Sampling, generate};
 pub use gguf::GgufFile;
 pub use host_tensor::HostTensor;
+pub use loader::{LoadConfig, Residency};
+pub use staging::Staging;
+pub use synth::{SHAPES, Shape, synthesize};
+pub use weights_writer::{ShardSpec, TensorSpec, WeightsWriter, WrittenWeights};

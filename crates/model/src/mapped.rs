@@ -1,17 +1,83 @@
-use std::fs::File;
-use std::path::Path;
+//! Files of a base, mapped: their bytes are read from the disk when they are first touched, and
+//! the system may drop them again whenever it needs the memory.
 
-use memmap2::Mmap;
+use std::fs::File;
+use std::ops::{Deref, Range};
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 
 use crate::ModelError;
 
-/// A file's bytes, read from the disk when they are first touched.
-pub fn map(path: &Path) -> Result<Mmap, ModelError> {
-    let file = File::open(path).map_err(ModelError::io(path))?;
-    // SAFETY: the mapping is read-only. If another process cuts the file short while it is
-    // mapped, reading past its new end kills this one; checkpoints are not written to in place,
-    // and copying tens of gigabytes to rule it out is what mapping is there to avoid.
-    #[allow(unsafe_code)]
-    let mapped = unsafe { Mmap::map(&file) };
-    mapped.map_err(ModelError::io(path))
+/// A mapped file, shared by everything that is read from it.
+#[derive(Debug, Clone)]
+pub struct MappedFile(Arc<Mmap>);
+
+impl MappedFile {
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let file = File::open(path).map_err(ModelError::io(path))?;
+        // SAFETY: the mapping is read-only. If another process cuts the file short while it is
+        // mapped, reading past its new end kills this one; checkpoints are not written to in place,
+        // and copying tens of gigabytes to rule it out is what mapping is there to avoid.
+        #[allow(unsafe_code)]
+        let mapped = unsafe { Mmap::map(&file) };
+        mapped.map(|map| Self(Arc::new(map))).map_err(ModelError::io(path))
+    }
+
+    /// A part of the file; `None` where the file ends before it does.
+    pub fn pages(&self, range: Range<usize>) -> Option<Pages> {
+        self.0.get(range.clone())?;
+        Some(Pages { file: self.clone(), range })
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+/// A part of a mapped file, as one tensor takes it up.
+#[derive(Debug, Clone)]
+pub struct Pages {
+    file: MappedFile,
+    range: Range<usize>,
+}
+
+impl Pages {
+    /// The bytes, without a copy.
+    pub fn bytes(&self) -> Bytes {
+        Bytes::from_owner(self.file.clone()).slice(self.range.clone())
+    }
+
+    /// Asks the system to read the part from the disk into its cache. Returns at once or when the
+    /// reads are under way, whichever the system likes.
+    pub fn read_ahead(&self) {
+        // Only advice: a system that cannot take it reads when the bytes are touched.
+        let _ = self.file.0.advise_range(Advice::WillNeed, self.range.start, self.range.len());
+    }
+
+    /// Takes the part out of this process' memory. It stays in the system's cache while there is
+    /// room, and is read again when it is touched.
+    pub fn release(&self) {
+        // SAFETY: a read-only mapping of a file gets the same bytes from the file again.
+        #[allow(unsafe_code)]
+        let _ = unsafe {
+            self.file.0.unchecked_advise_range(
+                UncheckedAdvice::DontNeed,
+                self.range.start,
+                self.range.len(),
+            )
+        };
+    }
 }

@@ -3,13 +3,15 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
-use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorInfo};
 use serde::Deserialize;
 
-use crate::{HostTensor, ModelError, base::Shard, mapped::map};
+use crate::base::Shard;
+use crate::mapped::{MappedFile, Pages};
+use crate::{HostTensor, ModelError};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -17,7 +19,7 @@ const INDEX: &str = "model.safetensors.index.json";
 /// The mapped files, with every tensor's place.
 #[derive(Debug)]
 pub struct SafetensorsFiles {
-    files: Vec<(String, Mmap)>,
+    files: Vec<(String, MappedFile)>,
     /// File, first byte and description by tensor name.
     tensors: BTreeMap<String, (usize, usize, TensorInfo)>,
 }
@@ -62,7 +64,7 @@ impl SafetensorsFiles {
         let mut all = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
             let path = dir.join(&name);
-            let mapped = map(&path)?;
+            let mapped = MappedFile::open(&path)?;
             let (start, header) = SafeTensors::read_metadata(&mapped).map_err(|e| broken(&path, &e))?;
             // Checks that the file is as long as its header says.
             SafeTensors::deserialize(&mapped).map_err(|e| broken(&path, &e))?;
@@ -90,10 +92,21 @@ impl SafetensorsFiles {
     }
 
     pub fn read(&self, name: &str) -> Option<HostTensor<'_>> {
+        let (file, range, info) = self.place(name)?;
+        let bytes = Cow::Borrowed(file.get(range)?);
+        Some(HostTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
+    }
+
+    /// A tensor's bytes where they lie, and what they are.
+    pub fn pages(&self, name: &str) -> Option<(Pages, Dtype, &[usize])> {
+        let (file, range, info) = self.place(name)?;
+        Some((file.pages(range)?, info.dtype, &info.shape))
+    }
+
+    fn place(&self, name: &str) -> Option<(&MappedFile, Range<usize>, &TensorInfo)> {
         let (file, data, info) = self.tensors.get(name)?;
         let (begin, end) = info.data_offsets;
-        let bytes = self.files.get(*file)?.1.get(data + begin..data + end)?;
-        Some(HostTensor { dtype: info.dtype, shape: info.shape.clone(), bytes: Cow::Borrowed(bytes) })
+        Some((&self.files.get(*file)?.1, data + begin..data + end, info))
     }
 
     pub fn shards(&self) -> Vec<Shard> {

@@ -8,14 +8,14 @@ use std::ops::ControlFlow;
 use burn::tensor::Device;
 use golden::{Answers, assert_close, devices, host, workspace};
 use pronk_lora::{Adapter, ForwardMode};
-use pronk_model::{Base, Decoder, Sampling, generate};
+use pronk_model::{Base, Decoder, LoadConfig, Sampling, generate};
 
 const VARIANTS: [&str; 6] = ["gqa", "tied", "bias", "head-dim", "rope-linear", "rope-llama3"];
 const TOLERANCE: f32 = 1e-4;
 
 fn decoder(variant: &str, device: &Device) -> Decoder {
     let base = Base::open(&workspace(&format!("tests/golden/tiny-{variant}"))).unwrap();
-    Decoder::load(&base, device, |_, _| {}).unwrap()
+    Decoder::load(&base, device, LoadConfig::default(), |_, _| {}).unwrap()
 }
 
 fn adapter(name: &str, decoder: &Decoder) -> Adapter {

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use golden::{Answers, assert_close, devices, host, workspace};
 use pronk_lora::ForwardMode;
-use pronk_model::{Base, Decoder, Sampling, generate};
+use pronk_model::{Base, Decoder, LoadConfig, Sampling, generate};
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -33,7 +33,7 @@ fn answers_as_in_transformers() {
     let eos = base.gguf().unwrap().number("tokenizer.ggml.eos_token_id").unwrap() as u32;
     let expected = Answers::read("smollm2.safetensors");
     for (name, device) in devices() {
-        let decoder = Decoder::load(&base, &device, |_, _| {}).unwrap();
+        let decoder = Decoder::load(&base, &device, LoadConfig::default(), |_, _| {}).unwrap();
         for text in 0..5 {
             check_logits(&decoder, &expected, text, name);
         }

@@ -45,14 +45,14 @@ pub fn loss_and_gradients(
 
     let mut x = decoder.embed(&batch.token_ids);
     let mut saved = Vec::new();
-    for (layer, block) in decoder.blocks().iter().enumerate() {
+    for (layer, block) in decoder.visit(0..decoder.layers()) {
         if layer < lowest {
             x = block.forward(x, &layout, ForwardMode::inference(None), None);
         } else if recompute == Recompute::Blocks {
             saved.push(Saved::Input(x.clone()));
             x = block.forward(x, &layout, mode, None);
         } else {
-            let tape = record(block, layer, x);
+            let tape = record(&block, layer, x);
             x = tape.output.clone().inner();
             saved.push(Saved::Tape(tape));
         }
@@ -60,10 +60,10 @@ pub fn loss_and_gradients(
 
     let (loss, mut gradient) = head_loss_and_gradient(decoder, x, batch, n_supervised);
     let mut gradients = Gradients::default();
-    for (layer, block) in decoder.blocks().iter().enumerate().skip(lowest).rev() {
+    for (layer, block) in decoder.visit((lowest..decoder.layers()).rev()) {
         let tape = match saved.pop() {
             Some(Saved::Tape(tape)) => tape,
-            Some(Saved::Input(x)) => record(block, layer, x),
+            Some(Saved::Input(x)) => record(&block, layer, x),
             None => break,
         };
         let below = tape.pull_back(gradient, &mut gradients);
@@ -88,7 +88,7 @@ fn lowest_adapted(decoder: &Decoder, adapter: &Adapter) -> usize {
         let prefix = Decoder::block_prefix(*layer);
         adapter.pairs.keys().any(|name| name.starts_with(&prefix))
     };
-    (0..decoder.blocks().len()).find(adapted).unwrap_or(decoder.blocks().len())
+    (0..decoder.layers()).find(adapted).unwrap_or(decoder.layers())
 }
 
 /// What the forward pass keeps of a block.

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 use pronk_data::{PackedBatch, TokenizedExample};
 use pronk_kernels::{Dropout, DropoutKey, open_device};
 use pronk_lora::{Adapter, LoraConfig, TargetModules};
-use pronk_model::{Base, Decoder};
+use pronk_model::{Base, Decoder, LoadConfig};
 use pronk_train::{MicroBatchLoss, Recompute, loss_and_gradients, loss_only};
 use safetensors::SafeTensors;
 
@@ -27,7 +27,7 @@ fn devices() -> Vec<Device> {
 
 fn decoder(name: &str, device: &Device) -> (Base, Decoder) {
     let base = Base::open(&golden().join(name)).unwrap();
-    let decoder = Decoder::load(&base, device, |_, _| ()).unwrap();
+    let decoder = Decoder::load(&base, device, LoadConfig::default(), |_, _| ()).unwrap();
     (base, decoder)
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use miette::{IntoDiagnostic, Result, miette};
 use pronk_data::PromptTemplate;
 use pronk_lora::ForwardMode;
-use pronk_model::{Sampling, generate};
+use pronk_model::{LoadConfig, Sampling, generate};
 
 use crate::args::Generate;
 use crate::base;
@@ -23,7 +23,7 @@ pub fn run(args: &Generate) -> Result<()> {
     if prompt.len() >= context {
         return Err(miette!("the prompt has {} tokens, the base's context is {context}", prompt.len()));
     }
-    let decoder = opened.load(&args.device.device)?;
+    let decoder = opened.load(&args.device.device, LoadConfig::default())?;
     let adapter = args.adapter.as_ref().map(|dir| opened.load_adapter(dir, &decoder)).transpose()?;
 
     let mut text = tokenizer.decode_stream();

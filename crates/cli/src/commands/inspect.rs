@@ -4,6 +4,7 @@ use std::path::Path;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{ExampleView, PreparedDataset, TextTokenizer};
 use pronk_lora::ForwardMode;
+use pronk_model::LoadConfig;
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::prep;
@@ -65,7 +66,7 @@ pub fn logits(name: &str, adapter: Option<&Path>, text: &str, out: &Path, device
         return Err(miette!("--text: expected at least one token, found none"));
     }
     opened.must_embed(ids.iter().max().copied())?;
-    let decoder = opened.load(device)?;
+    let decoder = opened.load(device, LoadConfig::default())?;
     let adapter = adapter.map(|dir| opened.load_adapter(dir, &decoder)).transpose()?;
     let logits = decoder.logits(&ids, ForwardMode::inference(adapter.as_ref()));
     let shape = logits.dims().to_vec();

@@ -38,7 +38,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     };
     let data = prepared(&recipe, &opened, &folder, resumes)?;
     opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
-    let decoder = opened.load(&args.device.device)?;
+    let decoder = opened.load(&args.device.device, recipe.base.load_config())?;
     let adapter = initial_adapter(&recipe, &opened, &decoder)?;
     let card = ModelCard {
         base: opened.name.clone(),

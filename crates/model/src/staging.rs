@@ -1,14 +1,16 @@
 //! A directory that is whole, or not there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::ExportError;
+use crate::ModelError;
 
 /// A hidden directory beside its destination, and gone with all it holds unless published.
+///
+/// What is written in it is not named by its passing path: see [`Staging::destination`].
 #[derive(Debug)]
 pub struct Staging {
     /// `None` once published.
@@ -20,16 +22,19 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Refuses a destination `out` that is in use, or that lies in `base`.
-    pub fn beside(out: &Path, base: &Path) -> Result<Self, ExportError> {
-        let refuse = |problem: String| ExportError::Destination { path: out.into(), problem };
+    /// Makes the directories above the destination `out`, which must not exist or be empty, and
+    /// the staging directory in them. A destination that lies in the directory `base` is refused.
+    pub fn beside(out: &Path, base: Option<&Path>) -> Result<Self, ModelError> {
+        let refuse = |problem: String| ModelError::Destination { path: out.into(), problem };
         let (existing, missing) = resolve(out)?;
-        let base = fs::canonicalize(base).map_err(ExportError::io(base))?;
-        if existing.starts_with(&base) {
-            return Err(refuse(format!(
-                "it lies in the base {}, which is left as it is; choose a directory elsewhere",
-                base.display()
-            )));
+        if let Some(base) = base {
+            let base = fs::canonicalize(base).map_err(ModelError::io(base))?;
+            if existing.starts_with(&base) {
+                return Err(refuse(format!(
+                    "it lies in the base {}, which is left as it is; choose a directory elsewhere",
+                    base.display()
+                )));
+            }
         }
         if missing.is_empty() {
             check_empty(&existing).map_err(refuse)?;
@@ -50,10 +55,10 @@ impl Staging {
         }
         let mut staging = Self { dir: None, path: PathBuf::new(), destination, created: Vec::new() };
         for dir in created {
-            fs::create_dir(&dir).map_err(ExportError::io(&dir))?;
+            fs::create_dir(&dir).map_err(ModelError::io(&dir))?;
             staging.created.push(dir);
         }
-        let dir = builder().tempdir_in(&parent).map_err(ExportError::io(&parent))?;
+        let dir = builder().tempdir_in(&parent).map_err(ModelError::io(&parent))?;
         staging.path = dir.path().into();
         staging.dir = Some(dir);
         Ok(staging)
@@ -64,14 +69,27 @@ impl Staging {
         &self.path
     }
 
+    /// Where it will be, which is what errors name: the staging directory is gone by the time
+    /// that anybody reads them.
+    pub fn destination(&self) -> &Path {
+        &self.destination
+    }
+
+    /// Writes a small file called `name`, which is not there yet.
+    pub fn add_file(&self, name: &str, bytes: &[u8]) -> Result<(), ModelError> {
+        let file = File::create_new(self.path.join(name));
+        let written = file.and_then(|mut file| file.write_all(bytes));
+        written.map_err(ModelError::io(&self.destination.join(name)))
+    }
+
     /// Makes sure that everything is on the disk, and gives it its name.
-    pub fn publish(mut self) -> Result<(), ExportError> {
-        sync_files(&self.path)?;
+    pub fn publish(mut self) -> Result<(), ModelError> {
+        sync_files(&self.path, &self.destination)?;
         if cfg!(windows) && self.destination.exists() {
             // Elsewhere a rename replaces an empty directory.
-            fs::remove_dir(&self.destination).map_err(ExportError::io(&self.destination))?;
+            fs::remove_dir(&self.destination).map_err(ModelError::io(&self.destination))?;
         }
-        fs::rename(&self.path, &self.destination).map_err(|e| ExportError::Destination {
+        fs::rename(&self.path, &self.destination).map_err(|e| ModelError::Destination {
             path: self.destination.clone(),
             problem: format!("the finished model cannot be moved there ({e}); choose a new directory"),
         })?;
@@ -94,18 +112,18 @@ impl Drop for Staging {
 }
 
 /// `path` as the directory on its way that exists, without links, and what is missing below it.
-fn resolve(path: &Path) -> Result<(PathBuf, Vec<PathBuf>), ExportError> {
-    let mut existing = std::path::absolute(path).map_err(ExportError::io(path))?;
+fn resolve(path: &Path) -> Result<(PathBuf, Vec<PathBuf>), ModelError> {
+    let mut existing = std::path::absolute(path).map_err(ModelError::io(path))?;
     let mut missing = Vec::new();
     while fs::symlink_metadata(&existing).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
         let (Some(name), Some(parent)) = (existing.file_name(), existing.parent()) else {
             let problem = "a '..' stands behind a directory that does not exist".to_owned();
-            return Err(ExportError::Destination { path: path.into(), problem });
+            return Err(ModelError::Destination { path: path.into(), problem });
         };
         missing.insert(0, PathBuf::from(name));
         existing = parent.into();
     }
-    let existing = fs::canonicalize(&existing).map_err(ExportError::io(&existing))?;
+    let existing = fs::canonicalize(&existing).map_err(ModelError::io(&existing))?;
     Ok((existing, missing))
 }
 
@@ -133,33 +151,35 @@ fn is_mount_point(_: &Path, _: &Path) -> bool {
     false
 }
 
-/// A merged model is as readable as any directory that its owner makes.
+/// A finished model is as readable as any directory that its owner makes.
 fn builder() -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".pronk-merge-");
+    builder.prefix(".pronk-");
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777)); // less the umask
     builder
 }
 
-fn sync_files(dir: &Path) -> Result<(), ExportError> {
-    for entry in fs::read_dir(dir).map_err(ExportError::io(dir))? {
-        let path = entry.map_err(ExportError::io(dir))?.path();
+/// Syncs all that is in `dir`, which errors call `shown`.
+fn sync_files(dir: &Path, shown: &Path) -> Result<(), ModelError> {
+    for entry in fs::read_dir(dir).map_err(ModelError::io(shown))? {
+        let entry = entry.map_err(ModelError::io(shown))?;
+        let (path, shown) = (entry.path(), shown.join(entry.file_name()));
         if path.is_dir() {
-            sync_files(&path)?;
+            sync_files(&path, &shown)?;
         } else {
             // Windows syncs only what is opened for writing.
             let file = OpenOptions::new().read(true).write(cfg!(windows)).open(&path);
-            file.and_then(|f| f.sync_all()).map_err(ExportError::io(&path))?;
+            file.and_then(|f| f.sync_all()).map_err(ModelError::io(&shown))?;
         }
     }
     sync_dir(dir)
 }
 
 /// Makes a directory's entries durable, where a directory can be opened.
-fn sync_dir(dir: &Path) -> Result<(), ExportError> {
+fn sync_dir(dir: &Path) -> Result<(), ModelError> {
     if cfg!(unix) {
-        File::open(dir).and_then(|d| d.sync_all()).map_err(ExportError::io(dir))?;
+        File::open(dir).and_then(|d| d.sync_all()).map_err(ModelError::io(dir))?;
     }
     Ok(())
 }

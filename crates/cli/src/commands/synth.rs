@@ -1,0 +1,86 @@
+use std::ops::ControlFlow;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use miette::{IntoDiagnostic, Result};
+use pronk_model::{ModelError, Shape, synthesize};
+
+use crate::args::Synth;
+use crate::progress;
+use crate::terminal::print;
+
+/// `pronk synth`
+pub fn run(args: &Synth) -> Result<ExitCode> {
+    let shape = Shape::named(&args.like).into_diagnostic()?;
+    let stop = stop_on_signal()?;
+    let bar = progress::bar("writing megabytes", 0);
+    let written = synthesize(&shape.config, &args.out, args.seed, |done, total| {
+        bar.set_length(total / 1_000_000);
+        bar.set_position(done / 1_000_000);
+        if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    bar.finish_and_clear();
+    let written = match written {
+        Err(e @ ModelError::Interrupted) => {
+            print(&format!("{e}\n"));
+            return Ok(ExitCode::from(130));
+        }
+        other => other.into_diagnostic()?,
+    };
+    let (name, out) = (shape.name, args.out.display());
+    print(&format!(
+        "wrote {} tensors into {} file(s), {:.2} GB: {out}\n\
+         a base as large as {name} that has learned nothing: with --base {out}, or base.path in a recipe, it shows \
+         what {name} takes in memory and time\n",
+        written.tensors,
+        written.files.len(),
+        written.bytes as f64 / 1e9,
+    ));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Set by Ctrl-C, so that half a base does not stay on the disk; a second one ends at once.
+fn stop_on_signal() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if seen.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    })
+    .into_diagnostic()?;
+    Ok(stop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::base;
+
+    #[test]
+    fn the_tokenizer_gives_every_text_back_and_fits_its_base() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("base");
+        let mut config = Shape::named("smollm2-135m").unwrap().config.clone();
+        (config.vocab_size, config.num_hidden_layers) = (259, 1);
+        synthesize(&config, &out, 0, |_, _| ControlFlow::Continue(())).unwrap();
+        let opened = base::open(out.to_str().unwrap(), Path::new(".")).unwrap();
+        let tokenizer = &opened.tokenizer;
+        assert_eq!((tokenizer.bos(), tokenizer.eos_ids()), (Some(1), [2].as_slice()));
+        assert_eq!(tokenizer.vocab_size(), 259);
+        opened.must_embed(tokenizer.vocab_size().checked_sub(1).map(|id| id as u32)).unwrap();
+        for text in ["", "An alpaca hums.\n\n### Response:\n", "  señor\t東京 🦙\0\r\n  ", "<s>a</s>"] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(tokenizer.decode_with_specials(&ids).unwrap(), text);
+            if !text.contains('<') {
+                let bytes: Vec<u32> = text.bytes().map(|byte| u32::from(byte) + 3).collect();
+                assert_eq!(ids, bytes, "{text:?}");
+            }
+        }
+        assert_eq!(tokenizer.encode_prompt("<s>").unwrap(), [1, 1]);
+        assert_eq!(tokenizer.encode("</s>").unwrap(), [2]);
+    }
+}

@@ -1,0 +1,313 @@
+//! Products of small bf16 tiles with float32 sums, on processors that have an instruction for it.
+//!
+//! Both instruction sets want the same thing, so both share one layout. A *tile* is 1 KiB: on the
+//! left 16 rows of 32 numbers, on the right 16 rows of 16 pairs, the pairs being two neighbours
+//! along the summed dimension. [`multiply_block`] sums the products of two strips of left tiles
+//! with two strips of right tiles into 32 x 32 numbers.
+
+#![allow(unsafe_code)] // instructions that compilers do not choose by themselves
+
+use std::sync::OnceLock;
+
+/// Rows of a left tile, columns of a right one.
+pub(super) const SIDE: usize = 16;
+/// Numbers that a tile sums over.
+pub(super) const DEPTH: usize = 32;
+/// Numbers in a tile.
+pub(super) const TILE: usize = SIDE * DEPTH;
+/// Rows and columns of what [`multiply_block`] computes.
+pub(super) const BLOCK: usize = 2 * SIDE;
+
+/// What multiplies bf16 on this processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bf16Unit {
+    /// Intel's tile unit, from Sapphire Rapids on.
+    Amx,
+    /// `vdpbf16ps`: Cooper Lake and Sapphire Rapids, AMD from Zen 4 on.
+    Avx512,
+}
+
+impl Bf16Unit {
+    /// The best unit there is, if any. Asked of the processor once.
+    pub(super) fn detect() -> Option<Self> {
+        static FOUND: OnceLock<Option<Bf16Unit>> = OnceLock::new();
+        *FOUND.get_or_init(detect)
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn detect() -> Option<Bf16Unit> {
+    None
+}
+
+#[cfg(target_arch = "x86_64")]
+fn detect() -> Option<Bf16Unit> {
+    let avx512 = is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl");
+    if !avx512 {
+        return None;
+    }
+    Some(if amx::available() { Bf16Unit::Amx } else { Bf16Unit::Avx512 })
+}
+
+/// Strips of tiles that lie one behind another, for one [`multiply_block`].
+#[derive(Clone, Copy)]
+pub(super) struct Strips<'a> {
+    /// Rows 0 to 15 and 16 to 31 of the left side.
+    pub left: [&'a [u16]; 2],
+    /// Columns 0 to 15 and 16 to 31 of the right side.
+    pub right: [&'a [u16]; 2],
+}
+
+/// A thread's right to multiply: the tile unit has to be set up for each thread.
+pub(super) struct Multiplier {
+    unit: Bf16Unit,
+}
+
+impl Multiplier {
+    pub(super) fn new(unit: Bf16Unit) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if unit == Bf16Unit::Amx {
+            amx::configure();
+        }
+        Self { unit }
+    }
+
+    /// The nearest bf16 of each of `numbers`, halves to even.
+    pub(super) fn round(&self, numbers: &[f32], out: &mut [u16]) {
+        let (blocks, rest) = numbers.as_chunks::<DEPTH>();
+        let (out_blocks, out_rest) = out.as_chunks_mut::<DEPTH>();
+        for (numbers, out) in blocks.iter().zip(out_blocks) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: whichever unit was detected, avx512bf16 was.
+            unsafe {
+                avx512::round(numbers, out);
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            unreachable!("no unit is ever detected here: {numbers:?} {out:?}");
+        }
+        for (&x, out) in rest.iter().zip(out_rest) {
+            *out = round(x);
+        }
+    }
+
+    /// The nearest bf16 of two rows, as the pairs of one row of a right tile.
+    pub(super) fn round_pairs(&self, even: &[f32; SIDE], odd: &[f32; SIDE], out: &mut [u16; DEPTH]) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: whichever unit was detected, avx512bf16 was.
+        unsafe {
+            avx512::round_pairs(even, odd, out);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no unit is ever detected here: {even:?} {odd:?} {out:?}");
+    }
+
+    /// `sums += left * right`, where `sums` is 32 x 32 in rows that lie `stride` numbers apart.
+    ///
+    /// # Panics
+    /// Where the strips differ in length or `sums` is too short.
+    pub(super) fn multiply_block(&self, strips: Strips<'_>, sums: &mut [f32], stride: usize) {
+        let numbers = strips.left[0].len();
+        let equal = strips.left.iter().chain(&strips.right).all(|s| s.len() == numbers);
+        assert!(equal && numbers.is_multiple_of(TILE), "strips of one length, in whole tiles");
+        assert!(stride >= BLOCK && sums.len() >= (BLOCK - 1) * stride + BLOCK, "room for 32 x 32 sums");
+        let tiles = numbers / TILE;
+        #[cfg(target_arch = "x86_64")]
+        match self.unit {
+            // SAFETY: the unit was detected, the thread configured, and the lengths are checked above.
+            Bf16Unit::Amx => unsafe { amx::multiply(strips, tiles, sums.as_mut_ptr(), stride) },
+            // SAFETY: the instructions were detected, and the lengths are checked above.
+            Bf16Unit::Avx512 => unsafe { avx512::multiply(strips, tiles, sums.as_mut_ptr(), stride) },
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no unit is ever detected here: {:?}, {tiles}", self.unit);
+    }
+}
+
+/// The nearest bf16, halves to even. NaN stays NaN.
+fn round(x: f32) -> u16 {
+    let bits = x.to_bits();
+    if x.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
+}
+
+impl Drop for Multiplier {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.unit == Bf16Unit::Amx {
+            amx::release();
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod amx {
+    use std::arch::asm;
+    use std::arch::x86_64::__cpuid_count;
+
+    use super::{SIDE, Strips, TILE};
+
+    /// Whether the processor has tiles for bf16 and the system lets this process use them.
+    pub(super) fn available() -> bool {
+        // Leaf 7 of the Intel manual: bit 22 of edx is AMX-BF16, bit 24 AMX-TILE.
+        let features = __cpuid_count(7, 0).edx;
+        features & (1 << 22) != 0 && features & (1 << 24) != 0 && permitted()
+    }
+
+    /// Asks Linux for the tile registers, which a process has to do once.
+    #[cfg(target_os = "linux")]
+    fn permitted() -> bool {
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_long = 18;
+        // SAFETY: a request with two integers; it touches no memory of ours.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn permitted() -> bool {
+        false
+    }
+
+    /// Palette 1 with all eight registers 16 rows of 64 bytes.
+    #[repr(C, align(64))]
+    struct TileConfig {
+        palette: u8,
+        start_row: u8,
+        reserved: [u8; 14],
+        bytes_per_row: [u16; 16],
+        rows: [u8; 16],
+    }
+
+    pub(super) fn configure() {
+        let mut config =
+            TileConfig { palette: 1, start_row: 0, reserved: [0; 14], bytes_per_row: [0; 16], rows: [0; 16] };
+        config.bytes_per_row[..8].fill(64);
+        config.rows[..8].fill(SIDE as u8);
+        // SAFETY: `available` has found the unit; the instruction reads 64 bytes of `config`.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };
+    }
+
+    pub(super) fn release() {
+        // SAFETY: `available` has found the unit; the instruction only resets its registers.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+
+    /// # Safety
+    /// The thread is configured, all strips hold `tiles` tiles, and `sums` has 32 rows of 32.
+    pub(super) unsafe fn multiply(strips: Strips<'_>, tiles: usize, sums: *mut f32, stride: usize) {
+        let [a0, a1] = strips.left.map(<[u16]>::as_ptr);
+        let [b0, b1] = strips.right.map(<[u16]>::as_ptr);
+        // SAFETY: by the contract above; every load stays within `tiles` tiles of its strip.
+        unsafe {
+            let below = sums.add(SIDE * stride);
+            asm!(
+                "tileloadd tmm0, [{c0} + {ldc}*1]",
+                "tileloadd tmm1, [{c0} + {ldc}*1 + 64]",
+                "tileloadd tmm2, [{c1} + {ldc}*1]",
+                "tileloadd tmm3, [{c1} + {ldc}*1 + 64]",
+                "2:",
+                "tileloadd tmm4, [{a0} + {row}*1]",
+                "tileloadd tmm6, [{b0} + {row}*1]",
+                "tileloadd tmm7, [{b1} + {row}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{a1} + {row}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, {tile}",
+                "add {a1}, {tile}",
+                "add {b0}, {tile}",
+                "add {b1}, {tile}",
+                "dec {n}",
+                "jnz 2b",
+                "tilestored [{c0} + {ldc}*1], tmm0",
+                "tilestored [{c0} + {ldc}*1 + 64], tmm1",
+                "tilestored [{c1} + {ldc}*1], tmm2",
+                "tilestored [{c1} + {ldc}*1 + 64], tmm3",
+                c0 = in(reg) sums,
+                c1 = in(reg) below,
+                ldc = in(reg) stride * 4,
+                row = in(reg) 64_usize,
+                a0 = inout(reg) a0 => _,
+                a1 = inout(reg) a1 => _,
+                b0 = inout(reg) b0 => _,
+                b1 = inout(reg) b1 => _,
+                n = inout(reg) tiles => _,
+                tile = const TILE * 2,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        __m512bh, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_dpbf16_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_set1_epi32, _mm512_slli_epi32,
+        _mm512_storeu_ps, _mm512_storeu_si512,
+    };
+    use std::mem::transmute;
+
+    use super::{BLOCK, DEPTH, SIDE, Strips, TILE};
+
+    /// Rows at a time: 8 rows of two registers leave room for their factors in 32 registers.
+    const ROWS: usize = 8;
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn round(numbers: &[f32; DEPTH], out: &mut [u16; DEPTH]) {
+        // SAFETY: two registers of 16 numbers are read, one of 32 is written.
+        unsafe {
+            let low = _mm512_loadu_ps(numbers.as_ptr());
+            let high = _mm512_loadu_ps(numbers.as_ptr().add(SIDE));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), transmute(_mm512_cvtne2ps_pbh(high, low)));
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn round_pairs(even: &[f32; SIDE], odd: &[f32; SIDE], out: &mut [u16; DEPTH]) {
+        // SAFETY: a register of 16 numbers is read twice, one of 32 is written.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(even.as_ptr()))));
+            let high = _mm512_cvtepu16_epi32(transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(odd.as_ptr()))));
+            let pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
+        }
+    }
+
+    /// # Safety
+    /// avx512f and avx512bf16 are there, all strips hold `tiles` tiles, and `sums` has 32 rows of 32.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn multiply(strips: Strips<'_>, tiles: usize, sums: *mut f32, stride: usize) {
+        let [b0, b1] = strips.right.map(<[u16]>::as_ptr);
+        for top in (0..BLOCK).step_by(ROWS) {
+            let a = strips.left[top / SIDE].as_ptr();
+            // SAFETY: by the contract above; offsets stay within the strips and the 32 x 32 sums.
+            unsafe {
+                let a = a.add(top % SIDE * DEPTH);
+                let c = sums.add(top * stride);
+                let mut low: [_; ROWS] = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride)));
+                let mut high: [_; ROWS] = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride + SIDE)));
+                for tile in 0..tiles {
+                    for pair in 0..SIDE {
+                        let at = tile * TILE + pair * DEPTH;
+                        let right0: __m512bh = transmute(_mm512_loadu_si512(b0.add(at).cast()));
+                        let right1: __m512bh = transmute(_mm512_loadu_si512(b1.add(at).cast()));
+                        for r in 0..ROWS {
+                            let factor = a.add(tile * TILE + r * DEPTH + pair * 2).cast::<i32>();
+                            let left: __m512bh = transmute(_mm512_set1_epi32(factor.read_unaligned()));
+                            low[r] = _mm512_dpbf16_ps(low[r], left, right0);
+                            high[r] = _mm512_dpbf16_ps(high[r], left, right1);
+                        }
+                    }
+                }
+                for r in 0..ROWS {
+                    _mm512_storeu_ps(c.add(r * stride), low[r]);
+                    _mm512_storeu_ps(c.add(r * stride + SIDE), high[r]);
+                }
+            }
+        }
+    }
+}

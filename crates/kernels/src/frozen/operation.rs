@@ -1,0 +1,157 @@
+//! Products with a frozen matrix as an operation of burn, with its own backward pass: all that
+//! autodiff keeps of it is a reference to the matrix.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
+use burn::tensor::{Tensor, TensorData};
+
+use super::{FrozenMatrix, Precision};
+
+/// Which side of the matrix the activations come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// `x W^T`: from inputs to outputs.
+    Forward,
+    /// `dy W`: from the gradient at the outputs to that at the inputs.
+    Backward,
+}
+
+impl Direction {
+    /// Where the gradient of a product goes.
+    fn reversed(self) -> Self {
+        match self {
+            Self::Forward => Self::Backward,
+            Self::Backward => Self::Forward,
+        }
+    }
+}
+
+/// `x W^T` or `x W`, with `W` in host memory.
+///
+/// # Shapes
+/// - x and result: `[tokens, in]` and `[tokens, out]`, whichever the direction says
+pub(crate) fn frozen_product(
+    x: Tensor<2>,
+    w: &Arc<FrozenMatrix>,
+    direction: Direction,
+    precision: Precision,
+) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::frozen_product(x.into_dispatch(), Arc::clone(w), direction, precision))
+}
+
+/// The operation, for every backend. The products run on the host's processor: backends that keep
+/// their tensors elsewhere pay for the way there and back.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    LibTorch: cfg(feature = "tch"),
+    Cube: cfg(any(feature = "cuda", feature = "rocm", feature = "vulkan", feature = "metal")),
+    Autodiff,
+)]
+pub trait FrozenProduct: Backend {
+    /// See [`frozen_product`].
+    fn frozen_product(
+        x: FloatTensor<Self>,
+        w: Arc<FrozenMatrix>,
+        direction: Direction,
+        precision: Precision,
+    ) -> FloatTensor<Self>;
+}
+
+/// The product of one backend's numbers on the host.
+fn product(x: &[f32], w: &FrozenMatrix, direction: Direction, precision: Precision) -> TensorData {
+    let [rows, cols] = w.shape();
+    let (result, width) = match direction {
+        Direction::Forward => (w.forward(x, precision), rows),
+        Direction::Backward => (w.backward(x, precision), cols),
+    };
+    let tokens = result.len() / width;
+    TensorData::new(result, [tokens, width])
+}
+
+#[cfg(feature = "flex")]
+impl FrozenProduct for burn::backend::Flex {
+    fn frozen_product(
+        x: FloatTensor<Self>,
+        w: Arc<FrozenMatrix>,
+        direction: Direction,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let x = x.to_contiguous();
+        burn::backend::flex::FlexTensor::from_data(product(x.storage(), &w, direction, precision))
+    }
+}
+
+/// Backends whose numbers have to be fetched to the host first.
+macro_rules! through_the_host {
+    ($backend:ty) => {
+        impl FrozenProduct for $backend {
+            fn frozen_product(
+                x: FloatTensor<Self>,
+                w: Arc<FrozenMatrix>,
+                direction: Direction,
+                precision: Precision,
+            ) -> FloatTensor<Self> {
+                through_the_host::<Self>(x, &w, direction, precision)
+            }
+        }
+    };
+}
+#[cfg(feature = "tch")]
+through_the_host!(burn::backend::LibTorch);
+#[cfg(any(feature = "cuda", feature = "rocm", feature = "vulkan", feature = "metal"))]
+through_the_host!(burn::backend::Cube);
+
+#[allow(dead_code)] // the default build has no backend that needs it
+fn through_the_host<B: Backend>(
+    x: FloatTensor<B>,
+    w: &FrozenMatrix,
+    direction: Direction,
+    precision: Precision,
+) -> FloatTensor<B> {
+    let device = x.device();
+    let data = burn::tensor::try_read_sync(B::float_into_data(x));
+    let numbers = match &data {
+        Some(Ok(data)) => data.as_slice::<f32>().map(Cow::Borrowed),
+        // Only browsers cannot wait for a device, and none of these backends is for them.
+        _ => Ok(Cow::Owned(Vec::new())),
+    };
+    B::float_from_data(product(&numbers.unwrap_or_default(), w, direction, precision), &device)
+}
+
+impl<B: FrozenProduct, C: CheckpointStrategy> FrozenProduct for Autodiff<B, C> {
+    fn frozen_product(
+        x: FloatTensor<Self>,
+        w: Arc<FrozenMatrix>,
+        direction: Direction,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        let operation = Recorded.prepare::<C>([x.node()]).compute_bound().stateful();
+        let y = B::frozen_product(x.into_primitive(), Arc::clone(&w), direction, precision);
+        match operation {
+            OpsKind::Tracked(prep) => prep.finish((w, direction, precision), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+}
+
+/// The product in an autodiff graph.
+#[derive(Debug)]
+struct Recorded;
+
+impl<B: FrozenProduct> Backward<B, 1> for Recorded {
+    type State = (Arc<FrozenMatrix>, Direction, Precision);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (w, direction, precision) = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |gradient| {
+            B::frozen_product(gradient, w, direction.reversed(), precision)
+        });
+    }
+}

@@ -1,0 +1,116 @@
+//! Bases of a published shape with random weights: what such a base costs in memory and time can
+//! be measured without downloading it.
+
+mod shapes;
+mod tokenizer;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use half::bf16;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::StandardNormal;
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSliceMut;
+use safetensors::Dtype;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::{CheckpointWriter, DecoderConfig, ModelError, TensorSpec, WrittenWeights};
+
+pub use shapes::{SHAPES, Shape};
+
+/// Standard deviation of the weights: `initializer_range` of Llama's `config.json`.
+const STD: f32 = 0.02;
+
+/// Bytes of a file at most, as transformers splits them.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+/// Numbers that one generator draws: enough for its start not to be felt, few enough to keep
+/// every core busy with the smallest matrix.
+const CHUNK: usize = 1 << 16;
+
+/// Writes a base that looks like `config` to the directory `out`, which must not exist or be
+/// empty: bfloat16 weights drawn from a normal distribution with standard deviation 0.02, norms
+/// of ones, and a tokenizer with a token a byte. It has learned nothing.
+///
+/// A tensor's numbers depend on `seed` and on its name alone, and one tensor at a time is in
+/// memory. `progress` hears how many bytes of weights are written and how many there will be;
+/// where it breaks, the result is [`ModelError::Interrupted`]. Whatever fails leaves nothing
+/// behind.
+pub fn synthesize(
+    config: &DecoderConfig,
+    out: &Path,
+    seed: u64,
+    mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
+) -> Result<WrittenWeights, ModelError> {
+    check(config, out)?;
+    let spec = |(name, shape)| TensorSpec { name, dtype: Dtype::BF16, shape };
+    let specs: Vec<TensorSpec> = config.tensors().into_iter().map(spec).collect();
+    let total = specs.iter().map(|spec| spec.bytes() as u64).sum();
+    let mut writer = CheckpointWriter::create(out, specs.clone(), SHARD_BYTES)?;
+    add_text(&mut writer, "config.json", &config_json(config))?;
+    for (name, text) in tokenizer::files(config.max_position_embeddings) {
+        add_text(&mut writer, name, &text)?;
+    }
+    let mut done = 0;
+    for spec in &specs {
+        if progress(done, total).is_break() {
+            return Err(ModelError::Interrupted);
+        }
+        writer.write(&spec.name, bytemuck::cast_slice(&values(spec, seed)))?;
+        done += spec.bytes() as u64;
+    }
+    if progress(done, total).is_break() {
+        return Err(ModelError::Interrupted);
+    }
+    writer.finish()
+}
+
+/// Refuses what no decoder could be, and what has no place for the tokenizer's tokens.
+fn check(config: &DecoderConfig, out: &Path) -> Result<(), ModelError> {
+    let mut problems = config.inconsistencies();
+    if config.vocab_size < tokenizer::TOKENS {
+        let (least, found) = (tokenizer::TOKENS, config.vocab_size);
+        problems.push(format!("vocab_size: expected at least {least}, a token a byte and three, found {found}"));
+    }
+    if problems.is_empty() { Ok(()) } else { Err(ModelError::Unsupported { path: out.into(), problems }) }
+}
+
+fn config_json(config: &DecoderConfig) -> Value {
+    let mut json = config.to_json("bfloat16");
+    for (key, id) in tokenizer::SPECIAL_IDS {
+        json[key] = id.into();
+    }
+    json
+}
+
+fn add_text(writer: &mut CheckpointWriter, name: &str, json: &Value) -> Result<(), ModelError> {
+    writer.add_file(name, format!("{json:#}\n").as_bytes())
+}
+
+/// The numbers of one tensor, as bfloat16 in the byte order of a file: ones for a norm, for all
+/// others draws from N(0, 0.02^2).
+///
+/// `ChaCha8` keyed with the seed and the name, a stream of it for every [`CHUNK`], so that no
+/// number depends on the order of the tensors or on the threads. The ziggurat method (Doornik
+/// 2005, `rand_distr`) makes normal numbers of its bits: exact in the tails, and still faster
+/// than a disk.
+pub(crate) fn values(spec: &TensorSpec, seed: u64) -> Vec<u16> {
+    let count = spec.shape.iter().product();
+    if spec.name.ends_with("norm.weight") {
+        return vec![bf16::ONE.to_bits().to_le(); count];
+    }
+    let key = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(&spec.name).finalize();
+    let mut values = vec![0; count];
+    values.par_chunks_mut(CHUNK).enumerate().for_each(|(stream, chunk)| {
+        let mut rng = ChaCha8Rng::from_seed(key.into());
+        rng.set_stream(stream as u64);
+        for value in chunk {
+            let normal: f32 = rng.sample(StandardNormal);
+            *value = bf16::from_f32(normal * STD).to_bits().to_le();
+        }
+    });
+    values
+}
