@@ -1,11 +1,26 @@
-//! Matrices of the frozen base in host memory, and products with them.
+//! Matrices of the frozen base in host memory, in the format their file keeps them in, and
+//! products with them. A base stays as small as its file; only the tile in use is ever spelled out.
+
+// Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
+#![allow(clippy::inline_always)]
 
 mod bf16_tiles;
+mod dense;
+mod format;
+mod ggml;
+mod int8;
 mod matrix;
+mod nf4;
+mod nf4_quantize;
 mod operation;
 mod product;
+mod wide;
 
-pub use matrix::{Format, FrozenError, FrozenMatrix};
+pub use format::{Format, FrozenError};
+pub use int8::quantize_int8;
+pub use matrix::FrozenMatrix;
+pub use nf4::{DYNAMIC_MAP, NF4_CODEBOOK, Nf4Parts, Nf4QuantState, Nf4Scales};
+pub use nf4_quantize::quantize_nf4;
 pub use operation::FrozenProduct;
 pub(crate) use operation::{Direction, frozen_product};
 pub use product::Precision;

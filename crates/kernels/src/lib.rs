@@ -23,7 +23,10 @@ pub use adamw::{AdamW, AdamWState};
 pub use attention::{Span, attention};
 pub use cross_entropy::{CrossEntropy, cross_entropy};
 pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device};
-pub use frozen::{Format, FrozenError, FrozenMatrix, FrozenProduct, Precision};
+pub use frozen::{
+    DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, NF4_CODEBOOK, Nf4Parts, Nf4QuantState,
+    Nf4Scales, Precision, quantize_int8, quantize_nf4,
+};
 pub use linear::FrozenLinear;
 pub use norm::rms_norm;
 pub use pullback::{Tracked, pull_back};

@@ -7,5 +7,7 @@ mod attention;
 mod cross_entropy;
 mod dropout;
 mod features;
+mod frozen_formats;
+mod frozen_products;
 mod reference;
 mod rotary;
