@@ -307,7 +307,9 @@ fn knobs_out_of_range() {
         ("train.learning_rate=nan", "train.learning_rate: expected a number above 0, found NaN"),
         ("train.max_grad_norm=-1", "train.max_grad_norm: expected a number from 0, found -1"),
         ("train.schedule=cosinus", "train.schedule: expected one of `cosine`, `linear`, `constant`"),
-        ("train.recompute=all", "train.recompute: expected `none` or `blocks`"),
+        ("train.recompute=all", "train.recompute: expected one of `auto`, `none`, `blocks`"),
+        ("base.quantize=int4", "base.quantize: expected one of `none`, `nf4`, `int8`, found \"int4\""),
+        ("base.quantize=true", "base.quantize: expected"),
         ("lora.rank=0", "lora.rank: expected a whole number from 1, found 0"),
         ("lora.dropout=1", "lora.dropout"),
         ("data.max_seq_len=1", "data.max_seq_len: expected a whole number from 2, found 1"),
@@ -348,6 +350,35 @@ fn devices_that_are_not_there() {
             all_refuse(&shop, &on(device), &words.each_ref().map(String::as_str));
         }
     }
+}
+
+/// A quantized checkpoint of another make, and one to be quantized once more.
+#[test]
+fn quantizations_that_do_not_fit() {
+    let shop = Workshop::new();
+    let config = shop.copy_base("tiny-gqa", "base").join("config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    let with = |quantization: &str| {
+        let text = text.replacen('{', &format!("{{\"quantization_config\": {quantization},"), 1);
+        fs::write(&config, text).unwrap();
+    };
+    with("{\"quant_method\": \"awq\"}");
+    base_refused(&shop, "base", &["config.json", "\"awq\"} is not supported", "\"bitsandbytes\""]);
+
+    let shop = Workshop::new();
+    shop.train("run", "cpu", &["base.quantize=nf4"]).succeeds();
+    let cached = fs::read_dir(shop.path(".quantized")).unwrap().next().unwrap().unwrap().path();
+    let base = format!("base.path={}", cached.display());
+    let again = train_args("again", "cpu", &[&base, "base.quantize=int8"]);
+    all_refuse(&shop, &[again], &["to quantize to int8, found nf4", "leave quantize out"]);
+    fs::remove_file(cached.join("pronk_cache.json")).unwrap();
+    shop.train("third", "cpu", &["base.quantize=nf4"]).succeeds();
+
+    // A cache that cannot be made: the run that asked for it is gone as well.
+    let shop = Workshop::new();
+    shop.write(".quantized", "a file");
+    let train = train_args("run", "cpu", &["base.quantize=nf4"]);
+    all_refuse(&shop, &[train], &[".quantized"]);
 }
 
 /// Whoever runs the tests, root included: nothing can be made below a file.

@@ -127,6 +127,53 @@ fn knobs_out_of_range_are_refused() {
     generate(&shop, &["--template", "vicunia"]).fails(&["vicunia", "did you mean \"vicuna\"?"]);
 }
 
+/// Trained with `base.quantize`, then used: what the cache holds is a base like any other.
+#[test]
+fn a_quantized_base_is_kept_and_is_a_base() {
+    for (scheme, device) in [("nf4", "cpu"), ("int8", devices()[devices().len() - 1])] {
+        let shop = Workshop::new();
+        let set = format!("base.quantize={scheme}");
+        let train =
+            |run, more: &[&str]| shop.train(run, device, &[&[set.as_str()], more].concat()).succeeds();
+        let told = train("first", &[]).out;
+        let made = format!("base      quantized to {scheme}, kept in ");
+        let cached = told.lines().find_map(|line| line.strip_prefix(&made)).expect(&told);
+        assert!(shop.read("first/recipe.toml").contains(&format!("quantize = \"{scheme}\"")));
+        let told = train("second", &[]).out;
+        assert!(told.contains(&format!("base      quantized to {scheme}, from {cached}\n")), "{told}");
+        assert_eq!(shop.losses("first"), shop.losses("second"));
+        let plain = shop.train("plain", device, &[]).succeeds().out;
+        assert!(!plain.contains("quantized"), "{plain}");
+        assert_ne!(shop.losses("first"), shop.losses("plain"), "quantizing must change something");
+
+        // Trained as it is, it is the same base, and needs no cache.
+        let path = format!("base.path={cached}");
+        let told = train("third", &[&path]).out;
+        assert!(told.contains(&format!("it is quantized to {scheme} as it is")), "{told}");
+        assert_eq!(shop.losses("first"), shop.losses("third"));
+        let more = ["--adapter", "first/adapter", "--max-new-tokens", "8", "--device", device];
+        let args = ["generate", "--base", cached, "--instruction", "Hum?"];
+        let answer = shop.pronk(args.iter().chain(&more)).succeeds();
+        assert!(answer.err.is_empty(), "{answer:?}");
+
+        let args =
+            ["merge", "--base", cached, "--adapter", "first/adapter", "--out", "merged", "--device", device];
+        let merged = shop.pronk(args).succeeds();
+        let note = format!(
+            "{cached} is quantized ({scheme}): the merged model keeps what its weights were rounded to"
+        );
+        assert!(merged.err.contains(&note), "{merged:?}");
+        let config = shop.read("merged/config.json");
+        assert!(
+            !config.contains("quantization_config") && config.contains("\"dtype\": \"float32\""),
+            "{config}"
+        );
+        let args = ["generate", "--base", "merged", "--instruction", "Hum?"];
+        let merged = shop.pronk(args.iter().chain(&more[2..])).succeeds();
+        assert_eq!(merged.out, answer.out);
+    }
+}
+
 #[test]
 fn devices_are_listed() {
     let shop = Workshop::new();

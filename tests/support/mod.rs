@@ -83,6 +83,7 @@ pub fn sandboxed(mut command: Command, folder: &Path) -> Command {
         .stdin(Stdio::null())
         .env("HF_HOME", folder.join(".hub"))
         .env("HF_ENDPOINT", "http://127.0.0.1:9")
+        .env("PRONK_CACHE", folder.join(".quantized"))
         .env_remove("HF_TOKEN");
     command
 }

@@ -18,6 +18,8 @@ pub enum Command {
     Prep(Prep),
     /// Tunes an adapter by a recipe, or goes on with a run
     Train(Train),
+    /// Says what a recipe will take, in memory, time and money, before any weight is read
+    Plan(Plan),
     /// Adds an adapter to its base, and proves the result
     Merge(Merge),
     /// Answers an instruction
@@ -71,6 +73,21 @@ pub struct Train {
     pub set: Vec<String>,
     #[command(flatten)]
     pub device: DeviceArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct Plan {
+    /// The recipe, a TOML file
+    pub recipe: PathBuf,
+    /// Change a knob of the recipe, such as `base.quantize=nf4`
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Hold it against this card's memory instead of what is free here
+    #[arg(long, value_name = "CARD")]
+    pub gpu: Option<String>,
+    /// What an hour of the machine costs, in dollars
+    #[arg(long, value_name = "DOLLARS_PER_HOUR", allow_negative_numbers = true)]
+    pub price: Option<f64>,
 }
 
 #[derive(Debug, Args)]

@@ -1,15 +1,18 @@
 //! `BASE` on the command line: a path or a hub id becomes an opened base with its tokenizer.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hf_hub::api::sync::ApiBuilder;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{GgufVocabulary, TextTokenizer};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
-use pronk_model::{LoadConfig, Base, Decoder, GgufFile};
+use pronk_model::{Base, Decoder, GgufFile, LoadConfig, ModelError, Origin, Scheme, quantized};
 
 use crate::progress;
+use crate::terminal::print;
 
 /// A base with its tokenizer, on the disk.
 pub struct OpenedBase {
@@ -23,6 +26,9 @@ pub struct OpenedBase {
 pub fn open(name: &str, folder: &Path) -> Result<OpenedBase> {
     let path = locate(name, folder)?;
     let base = Base::open(&path).into_diagnostic()?;
+    if let Some(note) = base.note() {
+        eprintln!("note: {note}");
+    }
     let tokenizer = match base.gguf() {
         Some(file) => TextTokenizer::from_gguf(&vocabulary(file)),
         None => TextTokenizer::from_dir(&path),
@@ -96,12 +102,50 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
     }
 }
 
+/// Where quantized bases are kept: `PRONK_CACHE`, or `pronk` in the user's own cache.
+fn cache_dir() -> Result<PathBuf> {
+    match std::env::var_os("PRONK_CACHE").filter(|dir| !dir.is_empty()) {
+        Some(dir) => Ok(dir.into()),
+        None => dirs::cache_dir().map(|dir| dir.join("pronk")).ok_or_else(|| {
+            miette!("this user has no cache directory; set PRONK_CACHE to one for quantized bases")
+        }),
+    }
+}
+
 impl OpenedBase {
     /// A name that still finds this base from another folder: an absolute path, or the hub id.
     pub fn lasting_name(&self) -> String {
         let path = Path::new(&self.name);
         let absolute = path.exists().then(|| std::path::absolute(path).ok()).flatten();
         absolute.map_or_else(|| self.name.clone(), |path| path.display().to_string())
+    }
+
+    /// The same with its linear layers quantized, out of the cache, or with a bar while that is
+    /// made. Nothing where `stop` was set meanwhile.
+    pub fn quantized(mut self, scheme: Scheme, stop: &AtomicBool) -> Result<Option<Self>> {
+        let cache = cache_dir()?;
+        let bar = progress::bar("quantizing megabytes", 0);
+        let found = quantized(&self.base, scheme, &cache, |done, total| {
+            bar.set_length(total / 1_000_000);
+            bar.set_position(done / 1_000_000);
+            if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        bar.finish_and_clear();
+        let found = match found {
+            Err(ModelError::Interrupted) => return Ok(None),
+            found => found.into_diagnostic()?,
+        };
+        let path = found.base.path.display();
+        match found.origin {
+            Origin::AsItWas => print(&format!("base      it is quantized to {scheme} as it is\n")),
+            Origin::Cache => print(&format!("base      quantized to {scheme}, from {path}\n")),
+            Origin::Quantized => print(&format!("base      quantized to {scheme}, kept in {path}\n")),
+            Origin::QuantizedAnew(reason) => {
+                print(&format!("base      quantized to {scheme} anew, in {path}: {reason}\n"));
+            }
+        }
+        self.base = found.base;
+        Ok(Some(self))
     }
 
     /// Reads the weights onto `device`, with a bar.

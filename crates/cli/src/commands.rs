@@ -4,6 +4,7 @@ mod devices;
 mod generate;
 mod inspect;
 mod merge;
+mod plan;
 mod prep;
 mod synth;
 mod train;
@@ -19,6 +20,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Prep(args) => prep::run(args),
         Command::Train(args) => return train::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => match args.what {

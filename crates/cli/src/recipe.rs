@@ -7,7 +7,7 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{Order, PrepareConfig};
 use pronk_kernels::Precision;
 use pronk_lora::LoraConfig;
-use pronk_model::{LoadConfig, Residency};
+use pronk_model::{LoadConfig, Residency, Scheme};
 use pronk_train::TrainConfig;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use toml::{Table, Value};
@@ -28,6 +28,8 @@ pub struct Recipe {
 pub struct BaseTable {
     /// A Hugging Face directory, a GGUF file, or a hub id.
     pub path: String,
+    /// What the linear layers of the blocks are quantized to before training; kept in a cache.
+    pub quantize: Quantize,
     /// What the factors of products with the base are rounded to.
     pub compute: Compute,
     /// "streamed" reads the blocks from the disk while it computes: a base of any size fits.
@@ -36,7 +38,12 @@ pub struct BaseTable {
 
 impl Default for BaseTable {
     fn default() -> Self {
-        Self { path: String::new(), compute: Compute::Auto, weights: Residency::Resident }
+        Self {
+            path: String::new(),
+            quantize: Quantize::None,
+            compute: Compute::Auto,
+            weights: Residency::Resident,
+        }
     }
 }
 
@@ -49,6 +56,26 @@ impl BaseTable {
             Compute::Bf16 => Precision::Bf16,
         };
         LoadConfig { precision, weights: self.weights }
+    }
+}
+
+/// `base.quantize`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantize {
+    None,
+    Nf4,
+    Int8,
+}
+
+impl Quantize {
+    /// What the model crate needs of it.
+    pub fn scheme(self) -> Option<Scheme> {
+        match self {
+            Self::None => None,
+            Self::Nf4 => Some(Scheme::Nf4),
+            Self::Int8 => Some(Scheme::Int8),
+        }
     }
 }
 
@@ -107,15 +134,24 @@ pub struct LoraTable {
 }
 
 /// `[run]`
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunTable {
     /// The run's folder.
     pub dir: PathBuf,
+    /// Prompts to answer before, during and after. 0: none.
+    pub samples: usize,
+}
+
+impl Default for RunTable {
+    fn default() -> Self {
+        Self { dir: PathBuf::new(), samples: 3 }
+    }
 }
 
 /// Knobs that stand in no default, because they are off.
-const OPTIONAL: [(&str, &str); 2] = [("train", "max_steps"), ("lora", "init_adapter")];
+const OPTIONAL: [(&str, &str); 3] =
+    [("train", "max_steps"), ("train", "memory_budget"), ("lora", "init_adapter")];
 
 impl Recipe {
     /// Reads the recipe at `path` with the changes `set` (`table.knob=value`) made to it, and its

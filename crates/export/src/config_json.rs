@@ -52,8 +52,10 @@ pub fn config_json(base: &Base, dtype: Option<Dtype>) -> Result<Value, ExportErr
             nested.entry(key.clone()).or_insert_with(|| value.clone());
         }
     }
+    // The merged weights are not quantized any more, nor in the format of what was not.
+    let dequantized = config.remove("quantization_config").is_some_and(|found| !found.is_null());
     let kept = ["dtype", "torch_dtype"].into_iter().find_map(|key| match (dtype, config.get(key)) {
-        (None, Some(Value::String(name))) => Some(name.clone()),
+        (None, Some(Value::String(name))) if !dequantized => Some(name.clone()),
         _ => None,
     });
     let name = Value::from(kept.unwrap_or_else(|| ours.to_owned()));

@@ -42,13 +42,12 @@ impl<'a> Update<'a> {
         }
     }
 
-    /// The format in which the tensor called `name` is written. A GGUF base's are dequantized
-    /// to float32, and stay so unless told otherwise.
+    /// The format in which the tensor called `name` is written. What is quantized in the base, and
+    /// all of a GGUF file, is dequantized to float32, and stays so unless told otherwise.
     pub fn dtype(&self, name: &str) -> Result<Dtype, ExportError> {
         match self.dtype {
             Some(dtype) => Ok(dtype),
-            None if self.base.gguf().is_some() => Ok(Dtype::F32),
-            None => Ok(Dtype::of_file(self.base.read(name)?.dtype)),
+            None => Ok(Dtype::of_file(self.base.dtype_of(name)?)),
         }
     }
 

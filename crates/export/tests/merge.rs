@@ -32,7 +32,8 @@ fn answers(name: &str) -> (Vec<u32>, Vec<f32>) {
 
 /// The largest difference between a merged model's logits and `expected`, over the largest of those.
 fn relative_difference(merged: &Path, token_ids: &[u32], expected: &[f32]) -> f32 {
-    let decoder = Decoder::load(&Base::open(merged).unwrap(), &device(), LoadConfig::default(), |_, _| {}).unwrap();
+    let decoder =
+        Decoder::load(&Base::open(merged).unwrap(), &device(), LoadConfig::default(), |_, _| {}).unwrap();
     let found = decoder.logits(token_ids, ForwardMode::inference(None)).try_to_vec_as::<f32>().unwrap();
     assert_eq!(found.len(), expected.len());
     let difference = found.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);

@@ -1,6 +1,25 @@
-use std::ops::Range;
+// Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
+#![allow(clippy::inline_always)]
 
-use burn::tensor::{Bool, Device, Tensor};
+mod heads;
+mod product;
+mod softmax;
+mod tiles;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
+use burn::tensor::Tensor;
+
+use self::tiles::Widths;
+use crate::host::{Host, lends};
+use crate::plain;
 
 /// Which rows of the keys the rows of the queries may look at: one record of a batch, or the
 /// new tokens of a generation against all before them.
@@ -27,45 +46,132 @@ impl Span {
 /// - q: `[query tokens, heads, head_dim]`
 /// - k, v: `[key tokens, kv_heads, head_dim]`
 /// - result: `[query tokens, heads * head_dim]`
-pub fn attention(q: &Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, spans: &[Span]) -> Tensor<2> {
-    let documents = spans.iter().map(|span| {
-        let rows = |x: &Tensor<3>, r: &Range<usize>| x.clone().narrow(0, r.start, r.len());
-        attend(rows(q, &span.queries), rows(k, &span.keys), rows(v, &span.keys))
-    });
-    Tensor::cat(documents.collect(), 0)
-}
-
-/// One span. Shape trail: n queries, m keys, g = `heads / kv_heads`, d = `head_dim`.
-fn attend(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>) -> Tensor<2> {
-    let [n, heads, d] = q.dims();
-    let [m, kv_heads, _] = k.dims();
-    let g = heads / kv_heads;
-
-    let q = q.reshape([n, kv_heads, g, d]).permute([1, 2, 0, 3]); // (kv, g, n, d)
-    let q = q.reshape([kv_heads, g * n, d]) / (d as f64).sqrt();
-    let k = k.permute([1, 2, 0]); // (kv, d, m)
-    let v = v.swap_dims(0, 1); // (kv, m, d)
-
-    let mut scores = q.matmul(k); // (kv, g * n, m)
-    if n > 1 {
-        let future = future_mask(g, n, m, &scores.device()).expand([kv_heads, g * n, m]);
-        scores = scores.mask_fill(future, f32::NEG_INFINITY);
+pub fn attention(q: Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, spans: &[Span]) -> Tensor<2> {
+    let [tokens, heads, dim] = q.dims();
+    if !lends(&q) || !cover(spans, tokens, k.dims()[0]) {
+        return plain::attention(&q, k, v, spans);
     }
-    let out = softmax(scores).matmul(v); // (kv, g * n, d)
-    out.reshape([kv_heads, g, n, d]).permute([2, 0, 1, 3]).reshape([n, heads * d])
+    let [q, k, v] = [q, k.clone(), v.clone()].map(Tensor::into_dispatch);
+    let y = Tensor::<3>::from_dispatch(Dispatch::attention(q, k, v, spans.into()));
+    y.reshape([tokens, heads * dim])
 }
 
-/// Over the last dimension. burn's own is fused by some backends where no graph is recorded; in
-/// plain operations a block computes the same bits whether it is recorded or not.
-fn softmax(scores: Tensor<3>) -> Tensor<3> {
-    let top = scores.clone().detach().max_dim(2);
-    let weights = (scores - top).exp();
-    let total = weights.clone().sum_dim(2);
-    weights / total
+/// Whether spans stand one behind another and hold every query and every key, none of them twice.
+fn cover(spans: &[Span], queries: usize, keys: usize) -> bool {
+    let end = spans.iter().try_fold((0, 0), |end, span| {
+        let fits = (span.queries.start, span.keys.start) == end && span.queries.len() <= span.keys.len();
+        fits.then_some((span.queries.end, span.keys.end))
+    });
+    end == Some((queries, keys))
 }
 
-/// `[1, g * n, m]`, true where a key lies in its query's future.
-fn future_mask(g: usize, n: usize, m: usize, device: &Device) -> Tensor<3, Bool> {
-    let one = Tensor::<2, Bool>::tril_mask([n, m], (m - n) as i64, device);
-    one.unsqueeze_dim::<3>(0).repeat_dim(0, g).reshape([1, g * n, m])
+/// The operation, for backends that lend their numbers.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
+pub trait Attention: Backend {
+    /// See [`attention()`]; the result has the queries' shape.
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spans: Arc<[Span]>,
+    ) -> FloatTensor<Self>;
+}
+
+impl<B: Host> Attention for B {
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spans: Arc<[Span]>,
+    ) -> FloatTensor<Self> {
+        forward::<B>(q, &B::contiguous(k), &B::contiguous(v), &spans).0
+    }
+}
+
+/// Returns the logarithm of each query's sum of exponentials too.
+fn forward<B: Host>(
+    q: FloatTensor<B>,
+    k: &FloatTensor<B>,
+    v: &FloatTensor<B>,
+    spans: &[Span],
+) -> (FloatTensor<B>, Vec<f32>) {
+    let widths = widths::<B>(&q, k);
+    B::rewrite(q, |q| tiles::forward(q, [B::numbers(k), B::numbers(v)], widths, spans))
+}
+
+fn widths<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Widths {
+    let (q, k) = (q.shape(), k.shape());
+    Widths { heads: q[1], kv_heads: k[1], dim: q[2] }
+}
+
+impl<B: Host, C: CheckpointStrategy> Attention for Autodiff<B, C> {
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spans: Arc<[Span]>,
+    ) -> FloatTensor<Self> {
+        let operation = Recorded.prepare::<C>([q.node(), k.node(), v.node()]).compute_bound().stateful();
+        let [q, k, v] = [q, k, v].map(|x| B::contiguous(x.into_primitive()));
+        match operation {
+            OpsKind::Tracked(prep) => {
+                let (y, log_sums) = forward::<B>(q.clone(), &k, &v, &spans);
+                prep.finish(Saved { q, k, v, log_sums, spans }, y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(forward::<B>(q, &k, &v, &spans).0),
+        }
+    }
+}
+
+/// What the backward pass needs; no scores.
+#[derive(Debug, Clone)]
+struct Saved<T> {
+    q: T,
+    k: T,
+    v: T,
+    /// Of each query and head, the logarithm of its sum of exponentials.
+    log_sums: Vec<f32>,
+    spans: Arc<[Span]>,
+}
+
+/// Attention in an autodiff graph.
+#[derive(Debug)]
+struct Recorded;
+
+impl<B: Host> Backward<B, 3> for Recorded {
+    type State = Saved<FloatTensor<B>>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let Saved { q, k, v, log_sums, spans } = ops.state;
+        let dy = B::contiguous(grads.consume::<B>(&ops.node));
+        let widths = widths::<B>(&q, &k);
+        let (dq, (dk, (dv, ()))) = B::rewrite(q, |q| {
+            B::rewrite(k, |k| {
+                B::rewrite(v, |v| {
+                    tiles::backward([q, k, v], &log_sums, B::numbers(&dy), widths, &spans);
+                })
+            })
+        });
+        for (parent, gradient) in ops.parents.into_iter().zip([dq, dk, dv]) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_cover_rows_without_gaps_and_overlaps() {
+        let cache = [Span { queries: 0..2, keys: 0..9 }];
+        assert!(cover(&cache, 2, 9));
+        assert!(!cover(&cache, 3, 9) && !cover(&cache, 2, 10));
+        assert!(cover(&[Span::document(0..2), Span::document(2..5)], 5, 5));
+        assert!(!cover(&[Span::document(0..2), Span::document(3..5)], 5, 5));
+        assert!(!cover(&[Span { queries: 0..2, keys: 0..4 }, Span { queries: 2..3, keys: 0..5 }], 3, 5));
+        assert!(!cover(&[Span { queries: 0..3, keys: 0..2 }], 3, 2));
+    }
 }

@@ -5,6 +5,11 @@ use crate::FrozenLinear;
 /// Logits alive at a time, 32 MB of them: 256 rows at a vocabulary of 32,000.
 const LOGITS: usize = 8 << 20;
 
+/// How many rows of logits are alive at a time.
+pub fn logit_rows(vocab_size: usize) -> usize {
+    (LOGITS / vocab_size.max(1)).clamp(32, 1024)
+}
+
 /// Sum of the losses and, where asked for, their gradient.
 #[derive(Debug, Clone)]
 pub struct CrossEntropy {
@@ -30,7 +35,7 @@ pub fn cross_entropy(
     with_gradient: bool,
 ) -> CrossEntropy {
     let device = hidden.device();
-    let rows = (LOGITS / head.out_features()).clamp(32, 1024);
+    let rows = logit_rows(head.out_features());
     let mut sum = Tensor::<1>::zeros([1], &device);
     let mut gradients = Vec::new();
     for (i, chunk) in targets.chunks(rows).enumerate() {

@@ -14,7 +14,7 @@ mod nf4;
 mod nf4_quantize;
 mod operation;
 mod product;
-mod wide;
+pub(crate) mod wide;
 
 pub use format::{Format, FrozenError};
 pub use int8::quantize_int8;

@@ -3,25 +3,30 @@
 //! Activations are two-dimensional, `[tokens, features]`: the records of a batch lie one after
 //! another, so nothing is ever padded. Only [`attention()`] needs to know where a record begins.
 //!
-//! Everything here is written in burn's plain operations, which every backend has and which
-//! burn's autodiff differentiates. Where a profile shows the time, an operation gets an
-//! implementation of its own for that backend, and what stands here becomes its reference.
+//! Everything can be written in burn's own operations, which every backend has and which burn's
+//! autodiff differentiates; [`plain`] is what other implementations are compared with. Where a
+//! profile shows the time, an operation has an implementation of its own: on the processor, a loop
+//! over the tensors' numbers, with its own backward pass.
 
 mod adamw;
 mod attention;
 mod cross_entropy;
 mod device;
+mod exp;
 mod frozen;
+mod host;
 mod linear;
 mod norm;
+pub mod plain;
 mod pullback;
 mod random;
+mod rewritten;
 mod rotary;
 mod swiglu;
 
 pub use adamw::{AdamW, AdamWState};
 pub use attention::{Span, attention};
-pub use cross_entropy::{CrossEntropy, cross_entropy};
+pub use cross_entropy::{CrossEntropy, cross_entropy, logit_rows};
 pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device};
 pub use frozen::{
     DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, NF4_CODEBOOK, Nf4Parts, Nf4QuantState,

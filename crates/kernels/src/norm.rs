@@ -1,12 +1,79 @@
+// Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
+#![allow(clippy::inline_always)]
+
+mod rows;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
 
+use crate::host::{Host, lends};
+use crate::plain;
+
 /// Root mean square normalization, `y = x / sqrt(mean(x^2) + eps) * weight`
-/// (Zhang and Sennrich 2019, <https://arxiv.org/abs/1910.07467>).
+/// (Zhang and Sennrich 2019, <https://arxiv.org/abs/1910.07467>). The weight is frozen: no gradient
+/// arrives there.
 ///
 /// # Shapes
 /// - x: `[tokens, hidden]`, weight: `[hidden]`
 /// - result: `[tokens, hidden]`
 pub fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
-    let mean_square = x.clone().square().mean_dim(1); // [tokens, 1]
-    x / (mean_square + eps).sqrt() * weight.clone().unsqueeze()
+    if !lends(&x) {
+        return plain::rms_norm(x, &weight.clone().detach(), eps);
+    }
+    let weight = weight.clone().into_dispatch();
+    Tensor::from_dispatch(Dispatch::rms_norm(x.into_dispatch(), weight, eps as f32))
+}
+
+/// The operation, for backends that lend their numbers.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
+pub trait RmsNorm: Backend {
+    /// See [`rms_norm`].
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
+}
+
+impl<B: Host> RmsNorm for B {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        forward::<B>(x, &B::contiguous(weight), eps).0
+    }
+}
+
+/// Returns the scale of each row too.
+fn forward<B: Host>(x: FloatTensor<B>, weight: &FloatTensor<B>, eps: f32) -> (FloatTensor<B>, Vec<f32>) {
+    B::rewrite(x, |x| rows::forward(x, B::numbers(weight), eps))
+}
+
+impl<B: Host, C: CheckpointStrategy> RmsNorm for Autodiff<B, C> {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        let operation = Recorded.prepare::<C>([x.node()]).compute_bound().stateful();
+        let (x, weight) = (x.into_primitive(), B::contiguous(weight.into_primitive()));
+        match operation {
+            OpsKind::Tracked(prep) => {
+                let x = B::contiguous(x);
+                let (y, scales) = forward::<B>(x.clone(), &weight, eps);
+                prep.finish((x, weight, scales), y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(forward::<B>(x, &weight, eps).0),
+        }
+    }
+}
+
+/// The normalization in an autodiff graph.
+#[derive(Debug)]
+struct Recorded;
+
+impl<B: Host> Backward<B, 1> for Recorded {
+    /// x, the weight, and the scale of each row.
+    type State = (FloatTensor<B>, FloatTensor<B>, Vec<f32>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (x, weight, scales) = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |dy| {
+            B::rewrite(dy, |dy| rows::backward(dy, B::numbers(&x), B::numbers(&weight), &scales)).0
+        });
+    }
 }

@@ -1,4 +1,19 @@
+// Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
+#![allow(clippy::inline_always)]
+
+mod turn;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{Device, Tensor, TensorData};
+
+use self::turn::{Turn, turn};
+use crate::host::{Host, lends};
+use crate::plain;
 
 /// How rotary frequencies are stretched beyond the context a base was trained with.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,8 +79,8 @@ pub struct Rotary {
 /// Cosines and sines of one batch's positions, each `[tokens, 1, head_dim / 2]`.
 #[derive(Debug, Clone)]
 pub struct RotaryTables {
-    cos: Tensor<3>,
-    sin: Tensor<3>,
+    pub(crate) cos: Tensor<3>,
+    pub(crate) sin: Tensor<3>,
 }
 
 impl Rotary {
@@ -96,13 +111,67 @@ impl RotaryTables {
     /// # Shapes
     /// - x and result: `[tokens, heads, head_dim]`
     pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
-        let half = x.dims()[2] / 2;
-        let x1 = x.clone().narrow(2, 0, half);
-        let x2 = x.narrow(2, half, half);
-        let (cos, sin) = (self.cos.clone(), self.sin.clone());
-        let y1 = x1.clone() * cos.clone() - x2.clone() * sin.clone();
-        let y2 = x2 * cos + x1 * sin;
-        Tensor::cat(vec![y1, y2], 2)
+        if !lends(&x) {
+            return plain::rotary(x, self);
+        }
+        let (cos, sin) = (self.cos.clone().into_dispatch(), self.sin.clone().into_dispatch());
+        Tensor::from_dispatch(Dispatch::turn(x.into_dispatch(), cos, sin, Turn::Forward))
+    }
+}
+
+/// The operation, for backends that lend their numbers.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
+pub trait RotaryTurn: Backend {
+    /// See [`RotaryTables::apply`].
+    fn turn(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        direction: Turn,
+    ) -> FloatTensor<Self>;
+}
+
+impl<B: Host> RotaryTurn for B {
+    fn turn(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        direction: Turn,
+    ) -> FloatTensor<Self> {
+        let (shape, cos, sin) = (x.shape(), B::contiguous(cos), B::contiguous(sin));
+        let widths = [shape[1], shape[2] / 2];
+        B::rewrite(x, |x| turn(x, [B::numbers(&cos), B::numbers(&sin)], widths, direction)).0
+    }
+}
+
+impl<B: Host, C: CheckpointStrategy> RotaryTurn for Autodiff<B, C> {
+    fn turn(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        direction: Turn,
+    ) -> FloatTensor<Self> {
+        let operation = Recorded.prepare::<C>([x.node()]).compute_bound().stateful();
+        let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
+        let y = B::turn(x.into_primitive(), cos.clone(), sin.clone(), direction);
+        match operation {
+            OpsKind::Tracked(prep) => prep.finish((cos, sin, direction), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+}
+
+/// The turn in an autodiff graph.
+#[derive(Debug)]
+struct Recorded;
+
+impl<B: Host> Backward<B, 1> for Recorded {
+    /// Cosines, sines, and which way.
+    type State = (FloatTensor<B>, FloatTensor<B>, Turn);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (cos, sin, direction) = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |dy| B::turn(dy, cos, sin, direction.reversed()));
     }
 }
 

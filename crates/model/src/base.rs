@@ -1,14 +1,16 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use pronk_kernels::{Format, FrozenError, FrozenMatrix};
+use pronk_kernels::{Format, FrozenMatrix};
 use safetensors::Dtype;
+use serde_json::{Map, Value};
 
+use crate::bitsandbytes::stored_scheme;
 use crate::mapped::Pages;
 use crate::safetensors_files::SafetensorsFiles;
-use crate::{DecoderConfig, GgufFile, HostTensor, ModelError};
+use crate::{DecoderConfig, GgufFile, HostTensor, ModelError, Scheme};
 
 /// A frozen base on the disk: opened, mapped, and checked against its configuration.
 #[derive(Debug)]
@@ -46,8 +48,11 @@ impl Base {
             let text = fs::read(&file).map_err(ModelError::io(&file))?;
             let config = DecoderConfig::from_json(&text)
                 .map_err(|problems| ModelError::Unsupported { path: file, problems })?;
-            let weights = Weights::Safetensors(SafetensorsFiles::open(path)?);
-            Self { path: path.into(), config, weights }
+            let mut files = SafetensorsFiles::open(path)?;
+            if let Some(scheme) = quantization_of(&text) {
+                files.gather(scheme);
+            }
+            Self { path: path.into(), config, weights: Weights::Safetensors(files) }
         } else if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) && path.exists() {
             let (file, config) = GgufFile::open(path)?;
             Self { path: path.into(), config, weights: Weights::Gguf(file) }
@@ -70,48 +75,65 @@ impl Base {
         }
     }
 
-    /// One tensor in its own format; GGUF's are dequantized to float32.
+    /// One tensor in its own format; what is quantized, and all of a GGUF file, as float32.
     pub fn read(&self, name: &str) -> Result<HostTensor<'_>, ModelError> {
         let found = match &self.weights {
             Weights::Safetensors(files) => files.read(name).map(Ok),
             Weights::Gguf(file) => file.read(name),
         };
-        found.unwrap_or_else(|| {
-            Err(ModelError::Weights { path: self.path.clone(), problems: vec![format!("{name}: missing")] })
-        })
+        found.unwrap_or_else(|| Err(self.wrong(format!("{name}: missing"))))
     }
 
-    /// A matrix as it lies on the disk, mapped, not read; quantized numbers stay quantized.
+    /// A matrix as it lies on the disk, mapped, not read; quantized numbers stay quantized. Only
+    /// what is kept in one of llama.cpp's formats that has no products becomes float32 in memory.
     pub fn matrix(&self, name: &str) -> Result<FrozenMatrix, ModelError> {
-        if let Weights::Safetensors(files) = &self.weights
-            && let Some((pages, dtype, &[rows, cols])) = files.pages(name)
-            && let Some(format) = dense_format(dtype)
-        {
-            return self.frozen(name, FrozenMatrix::dense(format, [rows, cols], pages.bytes()));
-        }
-        let host = self.read(name)?;
-        let &[rows, cols] = &host.shape[..] else {
-            let problem = format!("{name}: expected a matrix, found shape {:?}", host.shape);
-            return Err(ModelError::Weights { path: self.path.clone(), problems: vec![problem] });
+        let found = match &self.weights {
+            Weights::Safetensors(files) => files.matrix(name),
+            Weights::Gguf(file) => file.matrix(name),
         };
-        let values = Bytes::from(host.cast(Dtype::F32).bytes.into_owned());
-        self.frozen(name, FrozenMatrix::dense(Format::F32, [rows, cols], values))
+        let matrix = match found {
+            Some(matrix) => matrix,
+            None => {
+                let host = self.read(name)?;
+                let &[rows, cols] = &host.shape[..] else {
+                    return Err(
+                        self.wrong(format!("{name}: expected a matrix, found shape {:?}", host.shape))
+                    );
+                };
+                let values = Bytes::from(host.cast(Dtype::F32).bytes.into_owned());
+                FrozenMatrix::dense(Format::F32, [rows, cols], values)
+            }
+        };
+        matrix.map_err(|e| self.wrong(format!("{name}: {e}")))
     }
 
-    fn frozen(
-        &self,
-        name: &str,
-        matrix: Result<FrozenMatrix, FrozenError>,
-    ) -> Result<FrozenMatrix, ModelError> {
-        matrix.map_err(|e| ModelError::Weights { path: self.path.clone(), problems: vec![format!("{name}: {e}")] })
+    fn wrong(&self, problem: String) -> ModelError {
+        ModelError::Weights { path: self.path.clone(), problems: vec![problem] }
     }
 
-    /// Where a tensor lies in a mapped file; nothing where it was read into memory instead.
-    pub(crate) fn pages(&self, name: &str) -> Option<Pages> {
+    /// Where a tensor lies in mapped files; nothing where it was read into memory instead.
+    pub(crate) fn pages(&self, name: &str) -> Vec<Pages> {
         match &self.weights {
-            Weights::Safetensors(files) => files.pages(name).map(|(pages, ..)| pages),
-            Weights::Gguf(_) => None,
+            Weights::Safetensors(files) => files.pages(name),
+            Weights::Gguf(file) => file.pages(name).into_iter().collect(),
         }
+    }
+
+    /// The formats that the linear layers of the blocks are quantized in, such as `nf4` or
+    /// `Q4_K, Q6_K`; `None` where none is quantized.
+    pub fn quantization(&self) -> Option<String> {
+        let format = |name: String| match &self.weights {
+            Weights::Safetensors(files) => files.quantization(&name).map(|format| format.to_string()),
+            Weights::Gguf(file) => file.quantization(&name),
+        };
+        let names = self.config.linear_modules().into_iter().map(|module| format!("{}.weight", module.name));
+        let formats: BTreeSet<String> = names.filter_map(format).collect();
+        (!formats.is_empty()).then(|| formats.into_iter().collect::<Vec<_>>().join(", "))
+    }
+
+    /// What a user should know about this base, if there is anything.
+    pub fn note(&self) -> Option<String> {
+        self.gguf().and_then(GgufFile::note)
     }
 
     /// Shapes of all tensors that the base holds, by name.
@@ -122,12 +144,12 @@ impl Base {
         }
     }
 
-    /// The files of the checkpoint, or those that a GGUF base would become: of about
-    /// `shard_bytes` each when its numbers take `bytes_per_number`.
+    /// The files of the checkpoint, or those that a GGUF or a quantized base would become: of
+    /// about `shard_bytes` each when its numbers take `bytes_per_number`.
     pub fn shards(&self, shard_bytes: usize, bytes_per_number: usize) -> Vec<Shard> {
         match &self.weights {
-            Weights::Safetensors(files) => files.shards(),
-            Weights::Gguf(file) => split(file.shapes(), shard_bytes / bytes_per_number),
+            Weights::Safetensors(files) if !files.is_quantized() => files.shards(),
+            _ => split(self.shapes(), shard_bytes / bytes_per_number),
         }
     }
 
@@ -135,11 +157,12 @@ impl Base {
     fn check(&self) -> Result<(), ModelError> {
         let mut found = self.shapes();
         let mut problems = match &self.weights {
-            Weights::Safetensors(files) => files.foreign_formats().collect(),
+            Weights::Safetensors(files) => files.problems().collect(),
             Weights::Gguf(_) => Vec::new(),
         };
         for (name, expected) in self.config.tensors() {
             match found.remove(&name) {
+                None if self.is_broken(&name) => {} // told above, with what is wrong with its parts
                 None => problems.push(format!("{name}: missing, expected shape {expected:?}")),
                 Some(shape) if shape != expected => {
                     problems.push(format!("{name}: expected shape {expected:?}, found {shape:?}"));
@@ -159,24 +182,45 @@ impl Base {
         }
     }
 
-    /// Bytes per number in the base's first tensor: what its checkpoint is kept in.
+    fn is_broken(&self, name: &str) -> bool {
+        matches!(&self.weights, Weights::Safetensors(files) if files.is_broken(name))
+    }
+
+    /// What the checkpoint is kept in, as its first tensor tells; float32, which holds what was
+    /// quantized, for quantized ones and GGUF files.
     pub fn dtype(&self) -> Dtype {
         match &self.weights {
-            Weights::Safetensors(files) => {
-                files.read("model.embed_tokens.weight").map_or(Dtype::F32, |t| t.dtype)
+            Weights::Safetensors(files) if !files.is_quantized() => {
+                files.dtype("model.embed_tokens.weight").unwrap_or(Dtype::F32)
             }
-            Weights::Gguf(_) => Dtype::F32,
+            _ => Dtype::F32,
+        }
+    }
+
+    /// The format in which [`Base::read`] gives the tensor called `name`, without reading it.
+    pub fn dtype_of(&self, name: &str) -> Result<Dtype, ModelError> {
+        let found = match &self.weights {
+            Weights::Safetensors(files) => files.dtype(name),
+            Weights::Gguf(file) => file.shapes().contains_key(name).then_some(Dtype::F32),
+        };
+        found.ok_or_else(|| self.wrong(format!("{name}: missing")))
+    }
+
+    /// The weight files, and what stands in each in front of the first tensor's numbers.
+    pub(crate) fn headers(&self) -> Vec<(PathBuf, &[u8])> {
+        match &self.weights {
+            Weights::Safetensors(files) => {
+                files.headers().map(|(name, header)| (self.path.join(name), header)).collect()
+            }
+            Weights::Gguf(file) => vec![(self.path.clone(), file.header())],
         }
     }
 }
 
-fn dense_format(dtype: Dtype) -> Option<Format> {
-    match dtype {
-        Dtype::F32 => Some(Format::F32),
-        Dtype::F16 => Some(Format::F16),
-        Dtype::BF16 => Some(Format::Bf16),
-        _ => None,
-    }
+/// How the weights beside this `config.json`, which has been checked, are quantized.
+fn quantization_of(config: &[u8]) -> Option<Scheme> {
+    let config: Map<String, Value> = serde_json::from_slice(config).ok()?;
+    stored_scheme(&config).ok()?
 }
 
 /// Consecutive tensors, of about `limit` numbers a shard.

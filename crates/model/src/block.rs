@@ -120,7 +120,7 @@ impl Block {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
-        self.o_proj.forward(attention(&q, &k, &v, &layout.spans), mode)
+        self.o_proj.forward(attention(q, &k, &v, &layout.spans), mode)
     }
 
     fn feed_forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {

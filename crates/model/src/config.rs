@@ -4,6 +4,8 @@ use pronk_kernels::RopeScaling;
 use pronk_lora::ModuleShape;
 use serde_json::{Map, Value, json};
 
+use crate::bitsandbytes::stored_scheme;
+
 /// A Llama-family decoder. Field names are those of Hugging Face's `config.json`.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)] // the names say it
@@ -25,8 +27,7 @@ pub struct DecoderConfig {
 }
 
 /// Keys that would change the result, beside the value that leaves it alone.
-const REFUSED_UNLESS: [(&str, Option<f64>); 22] = [
-    ("quantization_config", None),
+const REFUSED_UNLESS: [(&str, Option<f64>); 21] = [
     ("sliding_window", None),
     ("final_logit_softcapping", None),
     ("attn_logit_softcapping", None),
@@ -213,6 +214,7 @@ impl Keys<'_> {
         };
         expect("model_type", "llama");
         expect("hidden_act", "silu");
+        self.problems.extend(stored_scheme(self.map).err());
         for (key, neutral) in REFUSED_UNLESS {
             match self.map.get(key) {
                 None | Some(Value::Null | Value::Bool(false)) => {}

@@ -12,14 +12,22 @@ use crate::loader::{LoadConfig, Loader, Residency};
 use crate::mapped::Pages;
 use crate::{Base, Block, DecoderConfig, LayerCache, Layout, ModelError};
 
+/// Where weights that come and go lie on the disk.
+#[derive(Debug, Clone)]
+pub(crate) struct Streamed {
+    pub blocks: Vec<Vec<Pages>>,
+    /// Embeddings and output projection.
+    pub rest: Vec<Pages>,
+}
+
 /// A frozen base on a device.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     /// What it looks like.
     pub config: DecoderConfig,
     blocks: Vec<Arc<Block>>,
-    /// Where each block's weights lie on the disk, when they are streamed from there.
-    streamed: Option<Vec<Vec<Pages>>>,
+    /// Set where weights are streamed from the disk.
+    streamed: Option<Streamed>,
     embed_tokens: Arc<FrozenMatrix>,
     norm: Tensor<1>,
     lm_head: FrozenLinear,
@@ -45,13 +53,15 @@ impl Decoder {
         let blocks = layers.clone().map(|layer| loader.block(layer).map(Arc::new));
         let blocks = blocks.collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight")?;
-        let head =
-            if base.config.tie_word_embeddings { Arc::clone(&embed_tokens) } else { loader.matrix("lm_head.weight")? };
+        let head = if base.config.tie_word_embeddings {
+            Arc::clone(&embed_tokens)
+        } else {
+            loader.matrix("lm_head.weight")?
+        };
         Ok(Self {
             config: base.config.clone(),
             blocks,
-            streamed: (config.weights == Residency::Streamed)
-                .then(|| layers.map(|layer| loader.pages(layer)).collect()),
+            streamed: (config.weights == Residency::Streamed).then(|| loader.streamed(layers)),
             embed_tokens,
             norm,
             lm_head: loader.linear(head, None),
@@ -73,7 +83,13 @@ impl Decoder {
     /// The blocks of the layers in `order`, each with its number. Where weights are streamed, the
     /// next one is read while the caller computes with one, and one left behind is let go.
     pub fn visit<I: Iterator<Item = usize>>(&self, order: I) -> Visit<'_, I> {
+        self.release_rest();
         Visit { decoder: self, order: order.peekable(), previous: None }
+    }
+
+    /// Embeddings and head come before and after the blocks, never among them.
+    fn release_rest(&self) {
+        self.streamed.iter().flat_map(|streamed| &streamed.rest).for_each(Pages::release);
     }
 
     /// What the names of a block's modules begin with.
@@ -153,10 +169,10 @@ impl<I: Iterator<Item = usize>> Iterator for Visit<'_, I> {
         self.leave();
         let layer = self.order.next()?;
         let block = Arc::clone(&self.decoder.blocks[layer]);
-        let Some(pages) = &self.decoder.streamed else { return Some((layer, block)) };
+        let Some(streamed) = &self.decoder.streamed else { return Some((layer, block)) };
         self.previous = Some(layer);
         if let Some(&next) = self.order.peek() {
-            let next = pages[next].clone();
+            let next = streamed.blocks[next].clone();
             std::thread::spawn(move || next.iter().for_each(Pages::read_ahead));
         }
         let here = computes_on_host(&self.decoder.device);
@@ -166,8 +182,8 @@ impl<I: Iterator<Item = usize>> Iterator for Visit<'_, I> {
 
 impl<I: Iterator<Item = usize>> Visit<'_, I> {
     fn leave(&mut self) {
-        if let (Some(pages), Some(layer)) = (&self.decoder.streamed, self.previous.take()) {
-            pages[layer].iter().for_each(Pages::release);
+        if let (Some(streamed), Some(layer)) = (&self.decoder.streamed, self.previous.take()) {
+            streamed.blocks[layer].iter().for_each(Pages::release);
         }
     }
 }

@@ -61,6 +61,27 @@ pub enum ModelError {
         /// The names there are.
         known: String,
     },
+    /// A scheme to quantize to that there is not.
+    #[error("quantize: expected {known}, found '{found}'")]
+    UnknownScheme {
+        /// What was asked for.
+        found: String,
+        /// The schemes there are.
+        known: String,
+    },
+    /// A base to quantize that is quantized already.
+    #[error(
+        "{path}: expected weights of 16 or 32 bits to quantize to {wanted}, found {found}; a quantized base is used as \
+         it is: leave quantize out"
+    )]
+    AlreadyQuantized {
+        /// The base.
+        path: PathBuf,
+        /// The formats it is quantized in.
+        found: String,
+        /// What it was to be quantized to.
+        wanted: String,
+    },
     /// The caller has asked to stop.
     #[error("stopped; nothing is left behind")]
     Interrupted,

@@ -1,18 +1,23 @@
 //! A GGUF file as a base: its metadata as a configuration, its tensors under Hugging Face's
-//! names and in Hugging Face's row order.
+//! names and in Hugging Face's row order, kept as they are.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+mod config;
+mod formats;
+mod names;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
-use pronk_kernels::RopeScaling;
+use pronk_kernels::{Format, FrozenError, FrozenMatrix};
 use safetensors::Dtype;
 
-use crate::mapped::MappedFile;
+use crate::mapped::{MappedFile, Pages};
 use crate::{DecoderConfig, HostTensor, ModelError};
+use config::ROPE_FREQS;
+use names::hugging_face_name;
 
 /// An opened GGUF file.
 pub struct GgufFile {
@@ -34,13 +39,7 @@ impl std::fmt::Debug for GgufFile {
 impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<(Self, DecoderConfig), ModelError> {
         let mapped = MappedFile::open(path)?;
-        let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| {
-            let cut = format!(
-                "not a whole GGUF file ({}); if it was downloaded, download it again",
-                first_line(&e)
-            );
-            ModelError::malformed(path, cut)
-        })?;
+        let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| unreadable(path, &e))?;
         let names = content.tensor_infos.keys().map(|name| (hugging_face_name(name), name.clone())).collect();
         let mut file = Self { path: path.into(), mapped, content, names, heads: 1, kv_heads: 1 };
         file.check_length()?;
@@ -54,10 +53,8 @@ impl GgufFile {
     /// Refuses a file that ends before its last tensor does, as one whose download broke off.
     fn check_length(&self) -> Result<(), ModelError> {
         let end = |info: &TensorInfo| {
-            let numbers = info.shape.dims().iter().try_fold(1usize, |n, &size| n.checked_mul(size))?;
-            let blocks = numbers.div_ceil(info.ggml_dtype.block_size());
-            let bytes = blocks.checked_mul(info.ggml_dtype.type_size())? as u64;
-            self.content.tensor_data_offset.checked_add(info.offset)?.checked_add(bytes)
+            let begin = self.content.tensor_data_offset.checked_add(info.offset)?;
+            begin.checked_add(byte_len(info)? as u64)
         };
         let last = self.content.tensor_infos.iter().max_by_key(|(_, info)| end(info).unwrap_or(u64::MAX));
         let Some((name, info)) = last else { return Ok(()) };
@@ -99,26 +96,62 @@ impl GgufFile {
         self.content.metadata.get(key).and_then(|v| v.to_vec().ok()).map_or(&[], Vec::as_slice)
     }
 
+    /// Everything in front of the first tensor's numbers.
+    pub(crate) fn header(&self) -> &[u8] {
+        self.mapped.get(..self.content.tensor_data_offset as usize).unwrap_or(&self.mapped)
+    }
+
     pub(crate) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let shape = |gguf: &String| self.content.tensor_infos.get(gguf).map(|i| i.shape.dims().to_vec());
         self.names.iter().filter_map(|(name, gguf)| Some((name.clone(), shape(gguf)?))).collect()
     }
 
+    /// A matrix where it lies, in its own format and in Hugging Face's row order. `None` for what
+    /// is no matrix, or is kept in a format that is not computed with.
+    pub(crate) fn matrix(&self, name: &str) -> Option<Result<FrozenMatrix, FrozenError>> {
+        let gguf = self.names.get(name)?;
+        let info = self.content.tensor_infos.get(gguf)?;
+        let &[rows, cols] = info.shape.dims() else { return None };
+        let (format, values) = (formats::format(info.ggml_dtype)?, self.pages(name)?.bytes());
+        let matrix = match format {
+            Format::F32 | Format::F16 | Format::Bf16 => FrozenMatrix::dense(format, [rows, cols], values),
+            _ => FrozenMatrix::ggml(format, [rows, cols], values),
+        };
+        Some(matrix.map(|matrix| match self.interleaved_heads(gguf) {
+            Some(heads) => matrix.with_interleaved_heads(rows / heads),
+            None => matrix,
+        }))
+    }
+
+    /// Where a tensor lies; `None` where its numbers have to be spelled out in memory.
+    pub(crate) fn pages(&self, name: &str) -> Option<Pages> {
+        let info = self.content.tensor_infos.get(self.names.get(name)?)?;
+        formats::format(info.ggml_dtype)?;
+        let begin = self.content.tensor_data_offset.checked_add(info.offset)? as usize;
+        self.mapped.pages(begin..begin.checked_add(byte_len(info)?)?)
+    }
+
     /// A tensor, dequantized to float32, its query and key rows in Hugging Face's order.
     pub(crate) fn read(&self, name: &str) -> Option<Result<HostTensor<'static>, ModelError>> {
+        if let Some(Ok(matrix)) = self.matrix(name) {
+            return Some(Ok(HostTensor::dequantized(&matrix)));
+        }
         let gguf = self.names.get(name)?;
         Some(self.dequantize(gguf).map(|(mut values, shape)| {
-            let heads = match gguf.rsplit('.').nth(1) {
-                Some("attn_q") => self.heads,
-                Some("attn_k") => self.kv_heads,
-                _ => 0,
-            };
-            if let (1.., Some(&rows)) = (heads, shape.first()) {
+            if let (Some(heads), Some(&rows)) = (self.interleaved_heads(gguf), shape.first()) {
                 values = interleaved_to_halves(&values, rows, heads);
             }
-            let bytes = Cow::Owned(values.iter().flat_map(|x| x.to_le_bytes()).collect());
-            HostTensor { dtype: Dtype::F32, shape, bytes }
+            HostTensor::from_f32(&values, shape, Dtype::F32)
         }))
+    }
+
+    /// Heads whose rows llama.cpp has in another order.
+    fn interleaved_heads(&self, gguf: &str) -> Option<usize> {
+        match gguf.rsplit('.').nth(1) {
+            Some("attn_q") => Some(self.heads),
+            Some("attn_k") => Some(self.kv_heads),
+            _ => None,
+        }
     }
 
     fn dequantize(&self, gguf: &str) -> Result<(Vec<f32>, Vec<usize>), ModelError> {
@@ -130,92 +163,32 @@ impl GgufFile {
         read().map_err(|e| ModelError::malformed(&self.path, format!("tensor {gguf}: {}", first_line(&e))))
     }
 
-    fn config(&self) -> Result<DecoderConfig, ModelError> {
-        let architecture = self.text("general.architecture").unwrap_or("(none)");
-        let unsupported =
-            |problems: Vec<String>| ModelError::Unsupported { path: self.path.clone(), problems };
-        if architecture != "llama" {
-            return Err(unsupported(vec![format!(
-                "general.architecture: expected \"llama\", found \"{architecture}\""
-            )]));
-        }
-        let mut problems = Vec::new();
-        let mut size = |key: &str, default: Option<usize>| {
-            let found = self.number(&format!("llama.{key}"));
-            if let Some(n) = found.filter(|n| (1.0..4e9).contains(n)).map(|n| n as usize).or(default) {
-                n
-            } else {
-                problems.push(format!("llama.{key}: expected a whole number from 1, found {found:?}"));
-                1
-            }
-        };
-        let hidden_size = size("embedding_length", None);
-        let num_attention_heads = size("attention.head_count", None);
-        let head_dim = size("rope.dimension_count", Some(hidden_size / num_attention_heads));
-        let head_dim = size("attention.key_length", Some(head_dim));
-        let shapes = self.shapes();
-        let config = DecoderConfig {
-            vocab_size: shapes.get("model.embed_tokens.weight").and_then(|s| s.first().copied()).unwrap_or(0),
-            hidden_size,
-            intermediate_size: size("feed_forward_length", None),
-            num_hidden_layers: size("block_count", None),
-            num_attention_heads,
-            num_key_value_heads: size("attention.head_count_kv", Some(num_attention_heads)),
-            head_dim,
-            max_position_embeddings: size("context_length", Some(2048)),
-            rms_norm_eps: shortest(self.number("llama.attention.layer_norm_rms_epsilon").unwrap_or(1e-5)),
-            rope_theta: shortest(self.number("llama.rope.freq_base").unwrap_or(10_000.0)),
-            rope_scaling: RopeScaling::None,
-            tie_word_embeddings: !shapes.contains_key("lm_head.weight"),
-            attention_bias: shapes.contains_key("model.layers.0.self_attn.o_proj.bias"),
-            mlp_bias: shapes.contains_key("model.layers.0.mlp.up_proj.bias"),
-        };
-        problems.extend(config.inconsistencies());
-        if self.number("llama.expert_count").is_some_and(|n| n > 0.0) {
-            problems.push("llama.expert_count: mixtures of experts are not supported".into());
-        }
-        match self.rope_scaling(&config) {
-            Ok(rope_scaling) if problems.is_empty() => Ok(DecoderConfig { rope_scaling, ..config }),
-            Ok(_) => Err(unsupported(problems)),
-            Err(problem) => Err(unsupported([problems, vec![problem]].concat())),
-        }
+    /// The format of a quantized tensor.
+    pub(crate) fn quantization(&self, name: &str) -> Option<String> {
+        let dtype = self.content.tensor_infos.get(self.names.get(name)?)?.ggml_dtype;
+        let dense = [Some(Format::F32), Some(Format::F16), Some(Format::Bf16)];
+        (!dense.contains(&formats::format(dtype))).then(|| formats::name(dtype))
     }
 
-    /// llama.cpp stores Llama 3's scaling as the factors of the frequencies. The four numbers
-    /// behind them are those of a release: the release whose factors these are is looked up.
-    fn rope_scaling(&self, config: &DecoderConfig) -> Result<RopeScaling, String> {
-        if self.content.tensor_infos.contains_key(ROPE_FREQS) {
-            let (factors, _) = self.dequantize(ROPE_FREQS).map_err(|e| e.to_string())?;
-            let fits = |scaling: &RopeScaling| {
-                let ours = scaling.factors(config.head_dim, config.rope_theta);
-                ours.len() == factors.len()
-                    && ours.iter().zip(&factors).all(|(a, &b)| (a / f64::from(b) - 1.0).abs() < 1e-3)
-            };
-            return LLAMA3_RELEASES
-                .map(|factor| RopeScaling::Llama3 {
-                    factor,
-                    low_freq_factor: 1.0,
-                    high_freq_factor: 4.0,
-                    original_context: 8192.0,
-                })
-                .into_iter()
-                .find(fits)
-                .ok_or_else(|| format!("{ROPE_FREQS}: these factors are those of no known Llama 3 release"));
-        }
-        match self.text("llama.rope.scaling.type").unwrap_or("none") {
-            "none" => Ok(RopeScaling::None),
-            "linear" => {
-                let factor = self.number("llama.rope.scaling.factor").unwrap_or(1.0);
-                Ok(RopeScaling::Linear { factor: shortest(factor) })
-            }
-            other => Err(format!("llama.rope.scaling.type: \"{other}\" is not supported")),
-        }
+    /// What has to be spelled out in memory, in words for the user.
+    pub(crate) fn note(&self) -> Option<String> {
+        let matrices = self.content.tensor_infos.values().filter(|info| info.shape.dims().len() == 2);
+        let spelled: Vec<&TensorInfo> =
+            matrices.filter(|info| formats::format(info.ggml_dtype).is_none()).collect();
+        let names: BTreeSet<String> = spelled.iter().map(|info| formats::name(info.ggml_dtype)).collect();
+        let bytes: usize = spelled.iter().map(|info| 4 * info.shape.elem_count()).sum();
+        (!spelled.is_empty()).then(|| {
+            format!(
+                "{}: {} matrices are kept in {}, which is not computed with as it is; as float32 they take {:.1} GB \
+                 of memory. A file in Q4_K or Q6_K stays as small as it is",
+                self.path.display(),
+                spelled.len(),
+                names.into_iter().collect::<Vec<_>>().join(", "),
+                bytes as f64 / 1e9
+            )
+        })
     }
 }
-
-const ROPE_FREQS: &str = "rope_freqs.weight";
-/// Scaling factors of Llama 3.1 and 3.2.
-const LLAMA3_RELEASES: [f64; 2] = [8.0, 32.0];
 
 fn number(value: &Value) -> Option<f64> {
     Some(match value {
@@ -234,37 +207,27 @@ fn number(value: &Value) -> Option<f64> {
     })
 }
 
-/// GGUF holds constants as float32: the shortest decimal of it is what was meant (1e-5, not
-/// 9.99999974e-6).
-fn shortest(value: f64) -> f64 {
-    (value as f32).to_string().parse().unwrap_or(value)
+/// Bytes that a tensor takes; `None` for more than there can be.
+fn byte_len(info: &TensorInfo) -> Option<usize> {
+    let numbers = info.shape.dims().iter().try_fold(1usize, |n, &size| n.checked_mul(size))?;
+    numbers.div_ceil(info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size())
 }
 
-fn hugging_face_name(gguf: &str) -> String {
-    let whole = |name: &str| match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    let in_block = |name: &str| {
-        let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-        let (module, suffix) = rest.rsplit_once('.')?;
-        let module = match module {
-            "attn_q" => "self_attn.q_proj",
-            "attn_k" => "self_attn.k_proj",
-            "attn_v" => "self_attn.v_proj",
-            "attn_output" => "self_attn.o_proj",
-            "ffn_gate" => "mlp.gate_proj",
-            "ffn_up" => "mlp.up_proj",
-            "ffn_down" => "mlp.down_proj",
-            "attn_norm" => "input_layernorm",
-            "ffn_norm" => "post_attention_layernorm",
-            _ => return None,
-        };
-        Some(format!("model.layers.{layer}.{module}.{suffix}"))
-    };
-    whole(gguf).map(str::to_owned).or_else(|| in_block(gguf)).unwrap_or_else(|| gguf.to_owned())
+fn unreadable(path: &Path, error: &candle_core::Error) -> ModelError {
+    let words = first_line(error);
+    match formats::unread(&words) {
+        Some(format) => ModelError::Unsupported {
+            path: path.into(),
+            problems: vec![format!(
+                "a tensor in {format}; expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, or Q2_K to Q6_K: take \
+                 another file of the same model, such as Q4_K_M"
+            )],
+        },
+        None => ModelError::malformed(
+            path,
+            format!("not a whole GGUF file ({words}); if it was downloaded, download it again"),
+        ),
+    }
 }
 
 /// The reader's own words: with `RUST_BACKTRACE` set, it puts a backtrace behind them.
@@ -290,17 +253,6 @@ fn interleaved_to_halves(values: &[f32], rows: usize, heads: usize) -> Vec<f32> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_hugging_faces() {
-        assert_eq!(hugging_face_name("blk.12.attn_output.weight"), "model.layers.12.self_attn.o_proj.weight");
-        assert_eq!(
-            hugging_face_name("blk.0.ffn_norm.weight"),
-            "model.layers.0.post_attention_layernorm.weight"
-        );
-        assert_eq!(hugging_face_name("output.weight"), "lm_head.weight");
-        assert_eq!(hugging_face_name("blk.0.strange.weight"), "blk.0.strange.weight");
-    }
 
     #[test]
     fn rows_move_from_pairs_to_halves() {

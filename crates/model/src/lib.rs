@@ -7,6 +7,7 @@
 //! [`synthesize`] fills with random weights.
 
 mod base;
+mod bitsandbytes;
 mod block;
 mod checkpoint_writer;
 mod config;
@@ -17,6 +18,7 @@ mod gguf;
 mod host_tensor;
 mod loader;
 mod mapped;
+mod quantize;
 mod safetensors_files;
 mod staging;
 mod synth;
@@ -31,7 +33,8 @@ pub use error::ModelError;
 pub use generate::{Sampling, generate};
 pub use gguf::GgufFile;
 pub use host_tensor::HostTensor;
-pub use loader::{LoadConfig, Residency};
+pub use loader::{LoadConfig, Residency, WeightBytes};
+pub use quantize::{Origin, QuantizedBase, Scheme, quantized};
 pub use staging::Staging;
 pub use synth::{SHAPES, Shape, synthesize};
 pub use weights_writer::{ShardSpec, TensorSpec, WeightsWriter, WrittenWeights};

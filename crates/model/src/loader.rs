@@ -1,13 +1,14 @@
 //! From a base on the disk to layers that compute.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_kernels::{FrozenLinear, FrozenMatrix, Precision, computes_on_host};
+use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, computes_on_host};
 use pronk_lora::LoraLinear;
 
 use crate::config::block_prefix;
-use crate::mapped::Pages;
+use crate::decoder::Streamed;
 use crate::{Base, Block, ModelError};
 
 /// How a decoder holds its weights and multiplies with them.
@@ -33,6 +34,45 @@ pub enum Residency {
     Resident,
     /// On the disk. A block is in memory while it computes, and the next one is on its way.
     Streamed,
+}
+
+/// Bytes of a base's weights while it computes on the host's processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// Of those that are there all the time: everything, or where blocks are streamed the largest block.
+    pub resident: u64,
+    /// Of the output projection, where it comes and goes between the blocks.
+    pub streamed_head: u64,
+}
+
+impl WeightBytes {
+    /// As `base` keeps them, or with the linear layers of its blocks in `format`. Nothing is read
+    /// beyond headers.
+    pub fn of(base: &Base, residency: Residency, format: Option<Format>) -> Result<Self, ModelError> {
+        let (mut blocks, mut rest) = (vec![0; base.config.num_hidden_layers], 0);
+        let head =
+            if base.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        for (name, shape) in base.config.tensors() {
+            let block = (0..blocks.len()).find(|&layer| name.starts_with(&block_prefix(layer)));
+            let bytes = match (&shape[..], format.filter(|_| block.is_some())) {
+                (&[rows, cols], Some(format)) => format.bytes_for(rows, cols) as u64,
+                ([_, _], None) => base.matrix(&name)?.byte_len() as u64,
+                _ => 4 * shape.iter().product::<usize>() as u64,
+            };
+            match block {
+                Some(layer) => blocks[layer] += bytes,
+                // Of the embeddings only the rows of a batch's tokens are ever touched.
+                None if name == head => rest += bytes,
+                None => {}
+            }
+        }
+        Ok(match residency {
+            Residency::Resident => Self { resident: blocks.iter().sum::<u64>() + rest, streamed_head: 0 },
+            Residency::Streamed => {
+                Self { resident: blocks.into_iter().max().unwrap_or(0), streamed_head: rest }
+            }
+        })
+    }
 }
 
 /// Reads layers of a base, counting tensors.
@@ -95,11 +135,15 @@ impl Loader<'_> {
         Ok(LoraLinear::new(name, linear))
     }
 
-    /// Where the tensors of a block lie in the base's files.
-    pub fn pages(&self, layer: usize) -> Vec<Pages> {
-        let prefix = block_prefix(layer);
-        let names = self.base.config.tensors().into_iter().map(|(name, _)| name);
-        names.filter(|name| name.starts_with(&prefix)).filter_map(|name| self.base.pages(&name)).collect()
+    /// Where the tensors of the blocks, and those around them, lie in the base's files.
+    pub fn streamed(&self, layers: Range<usize>) -> Streamed {
+        let names: Vec<String> = self.base.config.tensors().into_iter().map(|(name, _)| name).collect();
+        let under = |prefix: &str| {
+            let names = names.iter().filter(|name| name.starts_with(prefix));
+            names.flat_map(|name| self.base.pages(name)).collect()
+        };
+        let rest = ["model.embed_tokens.", "lm_head."].iter().flat_map(|prefix| under(prefix)).collect();
+        Streamed { blocks: layers.map(|layer| under(&block_prefix(layer))).collect(), rest }
     }
 
     fn count(&mut self) {

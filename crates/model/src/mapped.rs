@@ -73,11 +73,7 @@ impl Pages {
         // SAFETY: a read-only mapping of a file gets the same bytes from the file again.
         #[allow(unsafe_code)]
         let _ = unsafe {
-            self.file.0.unchecked_advise_range(
-                UncheckedAdvice::DontNeed,
-                self.range.start,
-                self.range.len(),
-            )
+            self.file.0.unchecked_advise_range(UncheckedAdvice::DontNeed, self.range.start, self.range.len())
         };
     }
 }

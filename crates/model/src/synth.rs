@@ -54,12 +54,14 @@ pub fn synthesize(
     for (name, text) in tokenizer::files(config.max_position_embeddings) {
         add_text(&mut writer, name, &text)?;
     }
-    let mut done = 0;
+    // One memory for all tensors: to ask the system for it again costs as much as to fill it.
+    let (mut numbers, mut done) = (Vec::new(), 0);
     for spec in &specs {
         if progress(done, total).is_break() {
             return Err(ModelError::Interrupted);
         }
-        writer.write(&spec.name, bytemuck::cast_slice(&values(spec, seed)))?;
+        values(spec, seed, &mut numbers);
+        writer.write(&spec.name, bytemuck::cast_slice(&numbers))?;
         done += spec.bytes() as u64;
     }
     if progress(done, total).is_break() {
@@ -73,7 +75,8 @@ fn check(config: &DecoderConfig, out: &Path) -> Result<(), ModelError> {
     let mut problems = config.inconsistencies();
     if config.vocab_size < tokenizer::TOKENS {
         let (least, found) = (tokenizer::TOKENS, config.vocab_size);
-        problems.push(format!("vocab_size: expected at least {least}, a token a byte and three, found {found}"));
+        problems
+            .push(format!("vocab_size: expected at least {least}, a token a byte and three, found {found}"));
     }
     if problems.is_empty() { Ok(()) } else { Err(ModelError::Unsupported { path: out.into(), problems }) }
 }
@@ -90,27 +93,27 @@ fn add_text(writer: &mut CheckpointWriter, name: &str, json: &Value) -> Result<(
     writer.add_file(name, format!("{json:#}\n").as_bytes())
 }
 
-/// The numbers of one tensor, as bfloat16 in the byte order of a file: ones for a norm, for all
-/// others draws from N(0, 0.02^2).
+/// Puts the numbers of one tensor in the place of `numbers`, as bfloat16 in the byte order of a
+/// file: ones for a norm, for all others draws from N(0, 0.02^2).
 ///
 /// `ChaCha8` keyed with the seed and the name, a stream of it for every [`CHUNK`], so that no
 /// number depends on the order of the tensors or on the threads. The ziggurat method (Doornik
 /// 2005, `rand_distr`) makes normal numbers of its bits: exact in the tails, and still faster
 /// than a disk.
-pub(crate) fn values(spec: &TensorSpec, seed: u64) -> Vec<u16> {
+pub(crate) fn values(spec: &TensorSpec, seed: u64, numbers: &mut Vec<u16>) {
     let count = spec.shape.iter().product();
+    numbers.clear();
+    numbers.resize(count, bf16::ONE.to_bits().to_le());
     if spec.name.ends_with("norm.weight") {
-        return vec![bf16::ONE.to_bits().to_le(); count];
+        return;
     }
     let key = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(&spec.name).finalize();
-    let mut values = vec![0; count];
-    values.par_chunks_mut(CHUNK).enumerate().for_each(|(stream, chunk)| {
+    numbers.par_chunks_mut(CHUNK).enumerate().for_each(|(stream, chunk)| {
         let mut rng = ChaCha8Rng::from_seed(key.into());
         rng.set_stream(stream as u64);
-        for value in chunk {
+        for number in chunk {
             let normal: f32 = rng.sample(StandardNormal);
-            *value = bf16::from_f32(normal * STD).to_bits().to_le();
+            *number = bf16::from_f32(normal * STD).to_bits().to_le();
         }
     });
-    values
 }

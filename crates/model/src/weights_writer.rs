@@ -94,10 +94,12 @@ pub struct WeightsWriter {
     shards: VecDeque<ShardSpec>,
     open: Option<OpenShard>,
     files: Vec<String>,
-    /// Files by tensor.
+    /// Files by tensor, of the files that have been begun.
     weight_map: BTreeMap<String, String>,
     /// Of all tensors, written or not.
     bytes: u64,
+    /// Tensors not written. A file that could not be begun is in none of the lists above.
+    left: usize,
 }
 
 impl WeightsWriter {
@@ -108,6 +110,7 @@ impl WeightsWriter {
             dir: staging.path().into(),
             shown: staging.destination().into(),
             bytes: bytes.fold(0, u64::saturating_add),
+            left: shards.iter().map(|s| s.tensors.len()).sum(),
             shards: shards.into(),
             open: None,
             files: Vec::new(),
@@ -126,19 +129,18 @@ impl WeightsWriter {
         }
         let Some(shard) = &mut self.open else { return Ok(()) }; // there is one, see above
         shard.write(name, bytes, self.bytes)?;
-        match self.weight_map.insert(name.to_owned(), shard.name.clone()) {
-            None => Ok(()),
-            Some(first) => {
-                let found = format!("expected tensors of different names, found {name} here and in {first}");
-                Err(ModelError::malformed(&shard.path, found))
-            }
-        }
+        self.left -= 1;
+        Ok(())
     }
 
     /// Finishes the last file, and writes which tensor is in which file where there is more to
     /// know than one file's name.
     pub fn finish(mut self) -> Result<WrittenWeights, ModelError> {
         while self.advance()? {}
+        if self.left > 0 {
+            let problem = format!("expected {} more tensors, which could not be written", self.left);
+            return Err(ModelError::malformed(&self.shown, problem));
+        }
         if self.files != [SINGLE] {
             let index = json!({"metadata": {"total_size": self.bytes}, "weight_map": self.weight_map});
             let file = File::create_new(self.dir.join(INDEX));
@@ -156,6 +158,12 @@ impl WeightsWriter {
         let Some(spec) = self.shards.pop_front() else { return Ok(false) };
         self.files.push(spec.file.clone());
         let path = self.shown.join(&spec.file);
+        for TensorSpec { name, .. } in &spec.tensors {
+            if let Some(first) = self.weight_map.insert(name.clone(), spec.file.clone()) {
+                let found = format!("expected tensors of different names, found {name} here and in {first}");
+                return Err(ModelError::malformed(&path, found));
+            }
+        }
         self.open = Some(OpenShard::create(&self.dir, path, spec, self.bytes)?);
         Ok(true)
     }
@@ -164,7 +172,6 @@ impl WeightsWriter {
 /// A file that is being written.
 #[derive(Debug)]
 struct OpenShard {
-    name: String,
     /// As errors name it.
     path: PathBuf,
     file: BufWriter<File>,
@@ -180,7 +187,7 @@ impl OpenShard {
             file.write_all(&header).map(|()| file)
         };
         let file = begin().map_err(|e| unwritten(&path, e, total))?;
-        Ok(Self { name: spec.file, path, file, left: spec.tensors.into() })
+        Ok(Self { path, file, left: spec.tensors.into() })
     }
 
     fn write(&mut self, name: &str, bytes: &[u8], total: u64) -> Result<(), ModelError> {

@@ -4,12 +4,15 @@
 mod golden;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use golden::{Answers, assert_close, devices, host, workspace};
 use pronk_lora::ForwardMode;
-use pronk_model::{Base, Decoder, LoadConfig, Sampling, generate};
+use pronk_model::{
+    Base, CheckpointWriter, Decoder, LoadConfig, Residency, Sampling, Scheme, TensorSpec, generate, quantized,
+};
+use safetensors::Dtype;
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -41,6 +44,48 @@ fn answers_as_in_transformers() {
             check_greedy(&decoder, &expected, prompt, eos, name);
         }
     }
+}
+
+/// Its blocks are multiplied with as they lie in the file: that must be nothing but its numbers.
+#[test]
+fn quantized_weights_answer_as_their_numbers() {
+    let base = Base::open(&gguf()).unwrap();
+    assert_eq!((base.quantization().as_deref(), base.note()), (Some("Q4_1"), None));
+    let dir = tempfile::TempDir::new().unwrap();
+    let dense = dequantized(&base, dir.path());
+    let token_ids = Answers::read("smollm2.safetensors").ids("text0.token_ids");
+    for (name, device) in devices() {
+        let run = |base: &Base, weights| {
+            let config = LoadConfig { weights, ..LoadConfig::default() };
+            let decoder = Decoder::load(base, &device, config, |_, _| {}).unwrap();
+            host(decoder.logits(&token_ids, ForwardMode::inference(None)))
+        };
+        let found = run(&base, Residency::Resident);
+        assert_close(&format!("SmolLM2 in Q4_1 on {name}"), &found, &run(&dense, Residency::Resident), 1e-5);
+        assert_eq!(run(&base, Residency::Streamed), found, "streamed on {name}");
+    }
+}
+
+/// The same numbers as a float32 directory.
+fn dequantized(base: &Base, dir: &Path) -> Base {
+    let spec = |(name, shape)| TensorSpec { name, dtype: Dtype::F32, shape };
+    let specs: Vec<TensorSpec> = base.config.tensors().into_iter().map(spec).collect();
+    let mut writer = CheckpointWriter::create(dir, specs.clone(), 5_000_000_000).unwrap();
+    writer.add_file("config.json", base.config.to_json("float32").to_string().as_bytes()).unwrap();
+    for spec in specs {
+        writer.write(&spec.name, &base.read(&spec.name).unwrap().bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    Base::open(dir).unwrap()
+}
+
+#[test]
+fn what_is_quantized_is_not_quantized_again() {
+    let base = Base::open(&gguf()).unwrap();
+    let dir = tempfile::TempDir::new().unwrap();
+    let refused = quantized(&base, Scheme::Nf4, dir.path(), |_, _| ControlFlow::Continue(())).unwrap_err();
+    let told = refused.to_string();
+    assert!(told.contains("to quantize to nf4, found Q4_1") && told.contains("leave quantize out"), "{told}");
 }
 
 fn check_logits(decoder: &Decoder, expected: &Answers, text: usize, device: &str) {

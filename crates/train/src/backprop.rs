@@ -2,10 +2,10 @@
 //!
 //! The frozen base never meets autodiff as a whole. The forward pass runs block by block on plain
 //! tensors; the backward pass takes the blocks last to first, records one block's graph, and pulls
-//! the gradient at its output back to its input and its adapters. With [`Recompute::Blocks`] the
-//! graph is recorded in the backward pass from the block's saved input, so that one block's graph
-//! is alive at a time; with [`Recompute::None`] it is recorded on the way forward. Both compute the
-//! same bits. Below the lowest adapter nothing is saved and nothing differentiated.
+//! the gradient at its output back to its input and its adapters. A block's graph is recorded on the
+//! way forward where there is memory to keep it; elsewhere only its input is kept, and the graph is
+//! recorded in the backward pass, so that one such graph is alive at a time. Both compute the same
+//! bits. Below the lowest adapter nothing is saved and nothing differentiated.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_data::PackedBatch;
@@ -13,7 +13,7 @@ use pronk_kernels::{CrossEntropy, Dropout, Tracked, cross_entropy, pull_back};
 use pronk_lora::{Adapter, ForwardMode, LoraPair};
 use pronk_model::{Block, Decoder, Layout};
 
-use crate::{Gradients, Recompute};
+use crate::Gradients;
 
 /// What a micro-batch came to.
 #[derive(Debug, Clone)]
@@ -26,17 +26,19 @@ pub struct MicroBatchLoss {
 
 /// Loss and adapter gradients of one micro-batch. `n_supervised` counts the supervised tokens of
 /// the whole optimizer step: every loss is divided by it once, whichever micro-batch it is in.
+/// The last `kept` blocks keep their graphs: they are the first that the backward pass lets go.
 pub fn loss_and_gradients(
     decoder: &Decoder,
     adapter: &Adapter,
     batch: &PackedBatch,
     n_supervised: usize,
-    recompute: Recompute,
+    kept: usize,
     dropout: Option<Dropout>,
 ) -> MicroBatchLoss {
     let layout = decoder.layout(&batch.positions, &batch.documents());
     let mode = ForwardMode { adapter: Some(adapter), dropout };
     let lowest = lowest_adapted(decoder, adapter);
+    let recorded = decoder.layers().saturating_sub(kept);
 
     let record = |block: &Block, layer: usize, x: Tensor<2>| {
         let adapter = adapter.tracked_under(&Decoder::block_prefix(layer));
@@ -48,7 +50,7 @@ pub fn loss_and_gradients(
     for (layer, block) in decoder.visit(0..decoder.layers()) {
         if layer < lowest {
             x = block.forward(x, &layout, ForwardMode::inference(None), None);
-        } else if recompute == Recompute::Blocks {
+        } else if layer < recorded {
             saved.push(Saved::Input(x.clone()));
             x = block.forward(x, &layout, mode, None);
         } else {

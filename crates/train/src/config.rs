@@ -1,3 +1,4 @@
+use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use crate::{Schedule, TrainError};
@@ -32,8 +33,13 @@ pub struct TrainConfig {
     /// Checkpoints to keep.
     pub keep_last: usize,
     /// "blocks" runs each block again for its gradients and keeps only its input: far less
-    /// memory for about a third more time. "none" keeps everything.
+    /// memory for about a third more time. "none" keeps everything. "auto" keeps as much as
+    /// `memory_budget` allows.
     pub recompute: Recompute,
+    /// What the run may take of the memory it computes in, such as "8GB". Left out: most of what is
+    /// free when it starts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_budget: Option<ByteSize>,
     /// Seeds the order of the rows, the adapter's first values, and dropout.
     pub seed: u64,
 }
@@ -42,6 +48,8 @@ pub struct TrainConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Recompute {
+    /// The graphs of as many blocks as fit, and the other blocks' inputs.
+    Auto,
     /// Every block's graph.
     None,
     /// Every block's input.
@@ -63,7 +71,8 @@ impl Default for TrainConfig {
             eval_steps: 50,
             save_steps: 50,
             keep_last: 2,
-            recompute: Recompute::Blocks,
+            recompute: Recompute::Auto,
+            memory_budget: None,
             seed: 42,
         }
     }

@@ -1,5 +1,6 @@
 use std::path::{Path, PathBuf};
 
+use bytesize::ByteSize;
 use pronk_data::DataError;
 use pronk_lora::LoraError;
 use pronk_model::ModelError;
@@ -60,6 +61,20 @@ pub enum TrainError {
         value: f64,
         /// Where the last good state is.
         kept: String,
+    },
+    /// A budget that not even the smallest share of a run fits in.
+    #[error(
+        "train.memory_budget: {budget} is too small: a micro-batch of {tokens} tokens takes at least {least}. Expected \
+         that much, or a smaller train.micro_batch_size or data.max_seq_len, base.weights = \"streamed\", or \
+         base.quantize = \"nf4\""
+    )]
+    Budget {
+        /// What there is.
+        budget: ByteSize,
+        /// Tokens of the largest micro-batch.
+        tokens: usize,
+        /// What would do.
+        least: ByteSize,
     },
     /// Numbers that could not be read back from the device.
     #[error("the device failed while reading results back: {0}")]

@@ -1,4 +1,4 @@
-use pronk_data::{Order, epoch_order};
+use pronk_data::{Order, PackedBatch, Rows, epoch_order};
 
 use crate::TrainConfig;
 
@@ -34,6 +34,32 @@ impl Plan {
         let order = epoch_order(self.rows, self.order, self.seed, epoch);
         order.into_iter().skip(within * self.batch_size).take(self.batch_size).collect()
     }
+
+    /// The rows of `step`, laid end to end, `size` records a micro-batch.
+    pub fn micro_batches(&self, step: u64, rows: &Rows, size: usize) -> Vec<PackedBatch> {
+        laid_out(rows, &self.rows(step), size)
+    }
+
+    /// Of the micro-batches of the first epoch the one with the most tokens.
+    pub fn largest_micro_batch(&self, rows: &Rows, size: usize) -> PackedBatch {
+        let steps = (self.rows.div_ceil(self.batch_size) as u64).min(self.total_steps);
+        let tokens = |part: &Vec<usize>| -> usize {
+            part.iter().filter_map(|&i| rows.get(i)).map(|row| row.tokens()).sum()
+        };
+        let order = epoch_order(self.rows, self.order, self.seed, 0);
+        let steps = order.chunks(self.batch_size).take(steps as usize);
+        let parts = steps.flat_map(|step| step.chunks(size).map(<[usize]>::to_vec));
+        lay_out(rows, &parts.max_by_key(tokens).unwrap_or_default())
+    }
+}
+
+/// Rows `size` records at a time, each time laid end to end.
+pub(crate) fn laid_out(rows: &Rows, indices: &[usize], size: usize) -> Vec<PackedBatch> {
+    indices.chunks(size).map(|part| lay_out(rows, part)).collect()
+}
+
+fn lay_out(rows: &Rows, indices: &[usize]) -> PackedBatch {
+    PackedBatch::concat(indices.iter().filter_map(|&i| rows.get(i)))
 }
 
 #[cfg(test)]

@@ -38,6 +38,11 @@ impl Samples {
         Self { prompts, max_new_tokens }
     }
 
+    /// Whether there is nothing to answer.
+    pub fn is_empty(&self) -> bool {
+        self.prompts.is_empty()
+    }
+
     /// Every prompt answered, greedily.
     pub(crate) fn answer(
         &self,

@@ -1,15 +1,17 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use pronk_data::{Order, PackedBatch, PreparedDataset, Rows, TextTokenizer};
+use pronk_data::{Order, PackedBatch, PreparedDataset, TextTokenizer};
 use pronk_kernels::{Dropout, DropoutKey};
 use pronk_lora::Adapter;
-use pronk_model::Decoder;
+use pronk_model::{Decoder, WeightBytes};
 
 use crate::checkpoint::{self, Checkpoint, TrainerState};
 use crate::gradients::scalar;
+use crate::memory_plan::MemoryPlan;
+use crate::plan::laid_out;
 use crate::{
-    EvalRecord, Gradients, ModelCard, Optimizer, Plan, RunFolder, Samples, StepRecord, TrainConfig,
+    EvalRecord, Gradients, ModelCard, Optimizer, Plan, RunFolder, Samples, Shapes, StepRecord, TrainConfig,
     TrainError, learning_rate, loss_and_gradients, loss_only, peak_memory_bytes,
 };
 
@@ -59,6 +61,7 @@ pub struct Trainer<'a> {
     adapter: Adapter,
     optimizer: Optimizer,
     state: TrainerState,
+    memory: MemoryPlan,
 }
 
 impl<'a> Trainer<'a> {
@@ -66,6 +69,7 @@ impl<'a> Trainer<'a> {
     #[allow(clippy::too_many_arguments)] // each is a part of a run, named where it is passed
     pub fn new(
         decoder: &'a Decoder,
+        weights: WeightBytes,
         tokenizer: &'a TextTokenizer,
         data: &'a PreparedDataset,
         order: Order,
@@ -82,7 +86,24 @@ impl<'a> Trainer<'a> {
         let optimizer = Optimizer::new(config.weight_decay, &adapter);
         let data_key = data.key.clone();
         let state = TrainerState { step: 0, best: None, eval_before: None, data_key, samples: Vec::new() };
-        Ok(Self { decoder, tokenizer, data, config, plan, folder, card, samples, adapter, optimizer, state })
+        let shapes = Shapes::new(&decoder.config, weights, &adapter.config)?;
+        let memory = MemoryPlan::new(&config, shapes, decoder.device());
+        let run = Self {
+            decoder,
+            tokenizer,
+            data,
+            config,
+            plan,
+            folder,
+            card,
+            samples,
+            adapter,
+            optimizer,
+            state,
+            memory,
+        };
+        run.memory.check(&run.largest_micro_batch())?;
+        Ok(run)
     }
 
     /// The same run, set to where its newest whole checkpoint left it.
@@ -147,7 +168,18 @@ impl<'a> Trainer<'a> {
         Ok(Ending::Finished(Summary { steps: self.plan.total_steps, eval_before, best }))
     }
 
+    /// The worst comes first, so that a run that does not fit ends in its first minute: the longest
+    /// micro-batch, a save, an evaluation, the samples.
     fn before_the_first_step(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        observer.note("rehearsing: the longest micro-batch, and a save");
+        let longest = self.largest_micro_batch();
+        let kept = self.memory.kept(&longest);
+        let rehearsal = loss_and_gradients(self.decoder, &self.adapter, &longest, 1, kept, None);
+        self.must_be_finite(0, "loss", scalar(&rehearsal.sum)?)?;
+        drop(rehearsal);
+        if self.config.save_steps > 0 {
+            self.save_checkpoint()?;
+        }
         self.write_samples(observer)?;
         if self.config.eval_steps > 0 && !self.data.validation.is_empty() {
             observer.note("measuring the base on the held-out rows");
@@ -170,7 +202,7 @@ impl<'a> Trainer<'a> {
             self.plan.total_steps,
             step,
         );
-        let batches = micro_batches(&self.data.train, &self.plan.rows(step), config.micro_batch_size);
+        let batches = self.plan.micro_batches(step, &self.data.train, config.micro_batch_size);
         let tokens: usize = batches.iter().map(PackedBatch::tokens).sum();
         let supervised_tokens: usize = batches.iter().map(PackedBatch::supervised).sum();
 
@@ -185,7 +217,7 @@ impl<'a> Trainer<'a> {
                 &self.adapter,
                 batch,
                 supervised_tokens,
-                config.recompute,
+                self.memory.kept(batch),
                 dropout,
             );
             gradients.accumulate(micro.gradients);
@@ -218,6 +250,10 @@ impl<'a> Trainer<'a> {
         })
     }
 
+    fn largest_micro_batch(&self) -> PackedBatch {
+        self.plan.largest_micro_batch(&self.data.train, self.config.micro_batch_size)
+    }
+
     fn must_be_finite(&self, step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
         if value.is_finite() {
             return Ok(());
@@ -232,7 +268,7 @@ impl<'a> Trainer<'a> {
     /// Mean loss over the held-out rows' supervised tokens.
     fn evaluate(&self) -> Result<f64, TrainError> {
         let rows: Vec<usize> = (0..self.data.validation.len()).collect();
-        let batches = micro_batches(&self.data.validation, &rows, self.config.micro_batch_size);
+        let batches = laid_out(&self.data.validation, &rows, self.config.micro_batch_size);
         let supervised: usize = batches.iter().map(PackedBatch::supervised).sum();
         let sums = batches.iter().map(|batch| scalar(&loss_only(self.decoder, Some(&self.adapter), batch)));
         Ok(sums.sum::<Result<f64, _>>()? / supervised as f64)
@@ -273,6 +309,9 @@ impl<'a> Trainer<'a> {
     }
 
     fn write_samples(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+        if self.samples.is_empty() {
+            return Ok(());
+        }
         observer.note("answering the sample prompts");
         let round = self.samples.answer(self.state.step, self.decoder, &self.adapter, self.tokenizer)?;
         self.state.samples.push(round);
@@ -282,10 +321,4 @@ impl<'a> Trainer<'a> {
 
 fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-/// The rows, laid end to end, `size` records a micro-batch.
-fn micro_batches(rows: &Rows, indices: &[usize], size: usize) -> Vec<PackedBatch> {
-    let batch = |part: &[usize]| PackedBatch::concat(part.iter().filter_map(|&i| rows.get(i)));
-    indices.chunks(size).map(batch).collect()
 }

@@ -16,6 +16,13 @@ const PROOF: &str = "Explain in two sentences how a seed becomes a tree.";
 /// `pronk merge`
 pub fn run(args: &Merge) -> Result<()> {
     let opened = base::open(&args.base, Path::new("."))?;
+    if let Some(formats) = opened.base.quantization() {
+        eprintln!(
+            "note: {} is quantized ({formats}): the merged model keeps what its weights were rounded to. To merge \
+             into the weights as they were, give the base that it was made from",
+            args.base
+        );
+    }
     let device = open_device(&args.device.device).into_diagnostic()?;
     let modules = opened.base.config.linear_modules();
     let adapter = Adapter::load(&args.adapter, &modules, &device).into_diagnostic()?;

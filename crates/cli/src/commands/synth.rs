@@ -57,8 +57,19 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
 mod tests {
     use std::path::Path;
 
+    use clap::CommandFactory;
+    use pronk_model::SHAPES;
+
     use super::*;
-    use crate::base;
+    use crate::{args::Arguments, base};
+
+    #[test]
+    fn the_help_lists_every_shape() {
+        let help = Arguments::command().find_subcommand_mut("synth").unwrap().render_help().to_string();
+        for shape in SHAPES {
+            assert!(help.contains(shape.name), "{} in {help}", shape.name);
+        }
+    }
 
     #[test]
     fn the_tokenizer_gives_every_text_back_and_fits_its_base() {

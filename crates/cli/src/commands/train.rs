@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{PreparedDataset, PromptTemplate, TextTokenizer, key};
 use pronk_lora::Adapter;
-use pronk_model::Decoder;
+use pronk_model::{Decoder, WeightBytes};
 use pronk_train::{Ending, ModelCard, RunFolder, SamplePrompt, Samples, Summary, Trainer};
 
 use super::prep;
@@ -16,8 +16,6 @@ use crate::progress::TrainingProgress;
 use crate::recipe::Recipe;
 use crate::terminal::print;
 
-/// Held-out rows whose prompts are answered before, during and after.
-const SAMPLE_PROMPTS: usize = 3;
 const SAMPLE_TOKENS: usize = 96;
 /// The run's prepared rows, in its folder.
 const PREPARED: &str = "prepared.safetensors";
@@ -38,6 +36,14 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     };
     let data = prepared(&recipe, &opened, &folder, resumes)?;
     opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
+    let stop = stop_on_signal()?;
+    let opened = match recipe.base.quantize.scheme() {
+        None => opened,
+        Some(scheme) => match opened.quantized(scheme, &stop)? {
+            Some(opened) => opened,
+            None => return Ok(stopped_early()),
+        },
+    };
     let decoder = opened.load(&args.device.device, recipe.base.load_config())?;
     let adapter = initial_adapter(&recipe, &opened, &decoder)?;
     let card = ModelCard {
@@ -49,6 +55,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let samples = Samples::new(sample_prompts(&recipe, &data, &opened.tokenizer)?, SAMPLE_TOKENS);
     let mut trainer = Trainer::new(
         &decoder,
+        WeightBytes::of(&opened.base, recipe.base.weights, None).into_diagnostic()?,
         &opened.tokenizer,
         &data,
         recipe.data.order,
@@ -64,7 +71,6 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         trainer = trainer.resume(&mut progress).into_diagnostic()?;
         progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
     }
-    let stop = stop_on_signal()?;
     let mut unused = unused.map(Unused::keep);
     let ending = trainer.run(&mut progress, &stop).into_diagnostic();
     progress.finish();
@@ -98,6 +104,8 @@ struct Unused {
     /// Whether to remove it. Not while training: a bug of ours must not take the results along.
     armed: bool,
     files: Vec<PathBuf>,
+    /// Only where there were none: those of another run are not ours to remove.
+    checkpoints: Option<PathBuf>,
     folders: Vec<PathBuf>,
 }
 
@@ -110,6 +118,7 @@ impl Unused {
         Self {
             armed: true,
             files: files.into_iter().filter(absent).collect(),
+            checkpoints: Some(dir.join("checkpoints")).filter(absent),
             folders: dir.ancestors().map(Path::to_owned).take_while(absent).collect(),
         }
     }
@@ -124,6 +133,9 @@ impl Drop for Unused {
     fn drop(&mut self) {
         if !self.armed {
             return;
+        }
+        if let Some(checkpoints) = &self.checkpoints {
+            let _ = std::fs::remove_dir_all(checkpoints); // the one before the first step, if it came so far
         }
         for file in &self.files {
             let _ = std::fs::remove_file(file); // it may not have been made
@@ -203,7 +215,7 @@ fn sample_prompts(
         return data
             .validation
             .iter()
-            .take(SAMPLE_PROMPTS)
+            .take(recipe.run.samples)
             .map(prompt_of)
             .collect::<Result<_, _>>()
             .map_err(|e: pronk_data::DataError| miette!("{e}"));
@@ -218,7 +230,11 @@ fn sample_prompts(
         let text = template.render_prompt(instruction, "")?;
         Ok(SamplePrompt { token_ids: tokenizer.encode_prompt(&text)?, text })
     };
-    let prompts = instructions.into_iter().map(prompt).collect::<Result<_, pronk_data::DataError>>();
+    let prompts = instructions
+        .into_iter()
+        .take(recipe.run.samples)
+        .map(prompt)
+        .collect::<Result<_, pronk_data::DataError>>();
     prompts.into_diagnostic()
 }
 
@@ -234,6 +250,12 @@ fn stop_on_signal() -> Result<Arc<AtomicBool>> {
     })
     .into_diagnostic()?;
     Ok(stop)
+}
+
+/// Ctrl-C before there was anything to save.
+fn stopped_early() -> ExitCode {
+    print("stopped before the first step; nothing is left behind\n");
+    ExitCode::from(130)
 }
 
 fn report(ending: &Ending, folder: &RunFolder) -> ExitCode {

@@ -103,22 +103,24 @@ impl Multiplier {
         unreachable!("no unit is ever detected here: {even:?} {odd:?} {out:?}");
     }
 
-    /// `sums += left * right`, where `sums` is 32 x 32 in rows that lie `stride` numbers apart.
+    /// `sums = left * right`, added to what is there unless `fresh`, where `sums` is 32 x 32 in rows
+    /// that lie `stride` numbers apart.
     ///
     /// # Panics
     /// Where the strips differ in length or `sums` is too short.
-    pub(super) fn multiply_block(&self, strips: Strips<'_>, sums: &mut [f32], stride: usize) {
+    pub(super) fn multiply_block(&self, strips: Strips<'_>, fresh: bool, sums: &mut [f32], stride: usize) {
         let numbers = strips.left[0].len();
         let equal = strips.left.iter().chain(&strips.right).all(|s| s.len() == numbers);
         assert!(equal && numbers.is_multiple_of(TILE), "strips of one length, in whole tiles");
         assert!(stride >= BLOCK && sums.len() >= (BLOCK - 1) * stride + BLOCK, "room for 32 x 32 sums");
         let tiles = numbers / TILE;
+        assert!(tiles > 0, "something to sum over");
         #[cfg(target_arch = "x86_64")]
         match self.unit {
             // SAFETY: the unit was detected, the thread configured, and the lengths are checked above.
-            Bf16Unit::Amx => unsafe { amx::multiply(strips, tiles, sums.as_mut_ptr(), stride) },
+            Bf16Unit::Amx => unsafe { amx::multiply(strips, tiles, fresh, sums.as_mut_ptr(), stride) },
             // SAFETY: the instructions were detected, and the lengths are checked above.
-            Bf16Unit::Avx512 => unsafe { avx512::multiply(strips, tiles, sums.as_mut_ptr(), stride) },
+            Bf16Unit::Avx512 => unsafe { avx512::multiply(strips, tiles, fresh, sums.as_mut_ptr(), stride) },
         }
         #[cfg(not(target_arch = "x86_64"))]
         unreachable!("no unit is ever detected here: {:?}, {tiles}", self.unit);
@@ -194,17 +196,31 @@ mod amx {
 
     /// # Safety
     /// The thread is configured, all strips hold `tiles` tiles, and `sums` has 32 rows of 32.
-    pub(super) unsafe fn multiply(strips: Strips<'_>, tiles: usize, sums: *mut f32, stride: usize) {
+    pub(super) unsafe fn multiply(
+        strips: Strips<'_>,
+        tiles: usize,
+        fresh: bool,
+        sums: *mut f32,
+        stride: usize,
+    ) {
         let [a0, a1] = strips.left.map(<[u16]>::as_ptr);
         let [b0, b1] = strips.right.map(<[u16]>::as_ptr);
         // SAFETY: by the contract above; every load stays within `tiles` tiles of its strip.
         unsafe {
             let below = sums.add(SIDE * stride);
             asm!(
+                "test {fresh}, {fresh}",
+                "jnz 3f",
                 "tileloadd tmm0, [{c0} + {ldc}*1]",
                 "tileloadd tmm1, [{c0} + {ldc}*1 + 64]",
                 "tileloadd tmm2, [{c1} + {ldc}*1]",
                 "tileloadd tmm3, [{c1} + {ldc}*1 + 64]",
+                "jmp 2f",
+                "3:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
                 "2:",
                 "tileloadd tmm4, [{a0} + {row}*1]",
                 "tileloadd tmm6, [{b0} + {row}*1]",
@@ -224,6 +240,7 @@ mod amx {
                 "tilestored [{c0} + {ldc}*1 + 64], tmm1",
                 "tilestored [{c1} + {ldc}*1], tmm2",
                 "tilestored [{c1} + {ldc}*1 + 64], tmm3",
+                fresh = in(reg) usize::from(fresh),
                 c0 = in(reg) sums,
                 c1 = in(reg) below,
                 ldc = in(reg) stride * 4,
@@ -246,8 +263,8 @@ mod amx {
 mod avx512 {
     use std::arch::x86_64::{
         __m512bh, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_dpbf16_ps,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_set1_epi32, _mm512_slli_epi32,
-        _mm512_storeu_ps, _mm512_storeu_si512,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+        _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
     };
     use std::mem::transmute;
 
@@ -280,7 +297,13 @@ mod avx512 {
     /// # Safety
     /// avx512f and avx512bf16 are there, all strips hold `tiles` tiles, and `sums` has 32 rows of 32.
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn multiply(strips: Strips<'_>, tiles: usize, sums: *mut f32, stride: usize) {
+    pub(super) unsafe fn multiply(
+        strips: Strips<'_>,
+        tiles: usize,
+        fresh: bool,
+        sums: *mut f32,
+        stride: usize,
+    ) {
         let [b0, b1] = strips.right.map(<[u16]>::as_ptr);
         for top in (0..BLOCK).step_by(ROWS) {
             let a = strips.left[top / SIDE].as_ptr();
@@ -288,8 +311,12 @@ mod avx512 {
             unsafe {
                 let a = a.add(top % SIDE * DEPTH);
                 let c = sums.add(top * stride);
-                let mut low: [_; ROWS] = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride)));
-                let mut high: [_; ROWS] = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride + SIDE)));
+                let mut low = [_mm512_setzero_ps(); ROWS];
+                let mut high = low;
+                if !fresh {
+                    low = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride)));
+                    high = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride + SIDE)));
+                }
                 for tile in 0..tiles {
                     for pair in 0..SIDE {
                         let at = tile * TILE + pair * DEPTH;
@@ -308,6 +335,61 @@ mod avx512 {
                     _mm512_storeu_ps(c.add(r * stride + SIDE), high[r]);
                 }
             }
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    /// Small whole numbers, whose products and sums are exact in every format.
+    #[test]
+    fn both_units_sum_the_products_of_their_tiles() {
+        let units = match Bf16Unit::detect() {
+            None => Vec::new(),
+            Some(Bf16Unit::Avx512) => vec![Bf16Unit::Avx512],
+            Some(Bf16Unit::Amx) => vec![Bf16Unit::Amx, Bf16Unit::Avx512],
+        };
+        let number = |i: usize| ((i * 7 + i / 5) % 9) as f32 - 4.0;
+        let tiles = 3;
+        let strip = |seed: usize| -> Vec<u16> {
+            (0..tiles * TILE).map(|i| (number(i + seed).to_bits() >> 16) as u16).collect()
+        };
+        let (left, right) = ([strip(0), strip(1)], [strip(2), strip(3)]);
+        let strips = Strips { left: [&left[0], &left[1]], right: [&right[0], &right[1]] };
+        let value = |half: u16| f32::from_bits(u32::from(half) << 16);
+        let expected = |i: usize, j: usize| -> f32 {
+            let (a, b) = (&left[i / SIDE], &right[j / SIDE]);
+            let at = |k: usize| {
+                let (tile, k) = (k / DEPTH * TILE, k % DEPTH);
+                let a = value(a[tile + i % SIDE * DEPTH + k]);
+                a * value(b[tile + k / 2 * DEPTH + j % SIDE * 2 + k % 2])
+            };
+            (0..tiles * DEPTH).map(at).sum()
+        };
+        for unit in units {
+            let multiplier = Multiplier::new(unit);
+            let stride = BLOCK + 3;
+            let mut sums = vec![1.0; BLOCK * stride];
+            for (fresh, before) in [(false, 1.0), (true, 0.0)] {
+                multiplier.multiply_block(strips, fresh, &mut sums, stride);
+                for (i, j) in (0..BLOCK).flat_map(|i| (0..BLOCK).map(move |j| (i, j))) {
+                    assert_eq!(sums[i * stride + j], expected(i, j) + before, "{unit:?} at {i}, {j}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_and_to_even() {
+        let Some(unit) = Bf16Unit::detect() else { return };
+        let numbers: Vec<f32> = (0..67).map(|i| 1.0 + i as f32 / 1024.0).chain([f32::NAN, -0.0]).collect();
+        let mut rounded = vec![0; numbers.len()];
+        Multiplier::new(unit).round(&numbers, &mut rounded);
+        for (x, y) in numbers.iter().zip(rounded) {
+            assert_eq!(half::bf16::from_f32(*x).is_nan(), x.is_nan());
+            assert!(x.is_nan() || half::bf16::from_f32(*x).to_bits() == y, "{x}");
         }
     }
 }

@@ -13,6 +13,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extensi
 use burn::tensor::{Tensor, TensorData};
 
 use super::{FrozenMatrix, Precision};
+use crate::host::Host;
 
 /// Which side of the matrix the activations come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,52 +65,35 @@ pub trait FrozenProduct: Backend {
     ) -> FloatTensor<Self>;
 }
 
-/// The product of one backend's numbers on the host.
-fn product(x: &[f32], w: &FrozenMatrix, direction: Direction, precision: Precision) -> TensorData {
-    let [rows, cols] = w.shape();
-    let (result, width) = match direction {
-        Direction::Forward => (w.forward(x, precision), rows),
-        Direction::Backward => (w.backward(x, precision), cols),
-    };
-    let tokens = result.len() / width;
-    TensorData::new(result, [tokens, width])
-}
-
-#[cfg(feature = "flex")]
-impl FrozenProduct for burn::backend::Flex {
+impl<B: Host> FrozenProduct for B {
     fn frozen_product(
         x: FloatTensor<Self>,
         w: Arc<FrozenMatrix>,
         direction: Direction,
         precision: Precision,
     ) -> FloatTensor<Self> {
-        let x = x.to_contiguous();
-        burn::backend::flex::FlexTensor::from_data(product(x.storage(), &w, direction, precision))
+        if !B::lends(&x) {
+            return fetch_and_multiply::<B>(x, &w, direction, precision);
+        }
+        let x = B::contiguous(x);
+        B::float_from_data(product(B::numbers(&x), &w, direction, precision), &x.device())
     }
 }
 
-/// Backends whose numbers have to be fetched to the host first.
-macro_rules! through_the_host {
-    ($backend:ty) => {
-        impl FrozenProduct for $backend {
-            fn frozen_product(
-                x: FloatTensor<Self>,
-                w: Arc<FrozenMatrix>,
-                direction: Direction,
-                precision: Precision,
-            ) -> FloatTensor<Self> {
-                through_the_host::<Self>(x, &w, direction, precision)
-            }
-        }
-    };
-}
-#[cfg(feature = "tch")]
-through_the_host!(burn::backend::LibTorch);
 #[cfg(any(feature = "cuda", feature = "rocm", feature = "vulkan", feature = "metal"))]
-through_the_host!(burn::backend::Cube);
+impl FrozenProduct for burn::backend::Cube {
+    fn frozen_product(
+        x: FloatTensor<Self>,
+        w: Arc<FrozenMatrix>,
+        direction: Direction,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        fetch_and_multiply::<Self>(x, &w, direction, precision)
+    }
+}
 
-#[allow(dead_code)] // the default build has no backend that needs it
-fn through_the_host<B: Backend>(
+/// The product for tensors that the host's processor cannot read.
+fn fetch_and_multiply<B: Backend>(
     x: FloatTensor<B>,
     w: &FrozenMatrix,
     direction: Direction,
@@ -123,6 +107,17 @@ fn through_the_host<B: Backend>(
         _ => Ok(Cow::Owned(Vec::new())),
     };
     B::float_from_data(product(&numbers.unwrap_or_default(), w, direction, precision), &device)
+}
+
+/// The product of numbers in the host's memory.
+fn product(x: &[f32], w: &FrozenMatrix, direction: Direction, precision: Precision) -> TensorData {
+    let [rows, cols] = w.shape();
+    let (result, width) = match direction {
+        Direction::Forward => (w.forward(x, precision), rows),
+        Direction::Backward => (w.backward(x, precision), cols),
+    };
+    let tokens = result.len() / width;
+    TensorData::new(result, [tokens, width])
 }
 
 impl<B: FrozenProduct, C: CheckpointStrategy> FrozenProduct for Autodiff<B, C> {

@@ -5,6 +5,7 @@
 //! in both precisions. Work is divided over the outputs, so results do not depend on the number of
 //! threads.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use burn::tensor::TensorData;
@@ -33,10 +34,10 @@ impl Precision {
 /// Activation rows at a time: what a thread sums up stays in its own cache.
 const TOKENS: usize = 1024;
 /// Rows of the matrix that one task of `forward` multiplies.
-const ROWS: usize = 2 * BLOCK;
+const ROWS: usize = BLOCK;
 /// Columns dequantized at a time in `forward`. A multiple of every format's block.
 const FORWARD_DEPTH: usize = 512;
-/// Columns of the matrix that one task of `backward` multiplies. A multiple of every format's block.
+/// Columns of the matrix that one task of `backward` multiplies at most. A multiple of every format's block.
 const COLUMNS: usize = 256;
 /// Rows dequantized at a time in `backward`.
 const BACKWARD_DEPTH: usize = 256;
@@ -54,19 +55,20 @@ impl FrozenMatrix {
     pub fn forward(&self, x: &[f32], precision: Precision) -> Vec<f32> {
         let [rows, cols] = self.shape();
         assert_eq!(x.len() % cols, 0, "activations of whole rows of {cols}");
-        let mut y = vec![0.0; x.len() / cols * rows];
-        if y.is_empty() {
-            return y;
-        }
-        for (x, y) in x.chunks(TOKENS * cols).zip(y.chunks_mut(TOKENS * rows)) {
-            let tokens = x.len() / cols;
+        let y = Output::new(x.len() / cols, rows);
+        for (i, x) in x.chunks(TOKENS * cols).enumerate() {
+            let y = y.below(i * TOKENS);
             match (precision, Bf16Unit::detect()) {
-                _ if tokens <= FEW_TOKENS => dot_products(self, x, y),
+                _ if x.len() <= FEW_TOKENS * cols => dot_products(self, x, y),
                 (Precision::Bf16, Some(unit)) => forward_bf16(self, unit, x, y),
                 _ => forward_f32(self, x, y),
             }
         }
-        y
+        // SAFETY: each of the three writes every column of its tokens.
+        #[allow(unsafe_code)]
+        unsafe {
+            y.written()
+        }
     }
 
     /// `dy W`.
@@ -79,17 +81,19 @@ impl FrozenMatrix {
     pub fn backward(&self, dy: &[f32], precision: Precision) -> Vec<f32> {
         let [rows, cols] = self.shape();
         assert_eq!(dy.len() % rows, 0, "gradients of whole rows of {rows}");
-        let mut dx = vec![0.0; dy.len() / rows * cols];
-        if dx.is_empty() {
-            return dx;
-        }
-        for (dy, dx) in dy.chunks(TOKENS * rows).zip(dx.chunks_mut(TOKENS * cols)) {
+        let dx = Output::new(dy.len() / rows, cols);
+        for (i, dy) in dy.chunks(TOKENS * rows).enumerate() {
+            let dx = dx.below(i * TOKENS);
             match (precision, Bf16Unit::detect()) {
                 (Precision::Bf16, Some(unit)) => backward_bf16(self, unit, dy, dx),
                 _ => backward_f32(self, dy, dx),
             }
         }
-        dx
+        // SAFETY: both write every column of their tokens.
+        #[allow(unsafe_code)]
+        unsafe {
+            dx.written()
+        }
     }
 
     /// Rows `ids`, `[ids, cols]`, dequantized.
@@ -117,7 +121,40 @@ impl FrozenMatrix {
     }
 }
 
-/// An output that tasks write disjoint columns of.
+/// What a product is written to: memory that nothing has filled with zeros first.
+struct Output {
+    values: Vec<f32>,
+    rows: usize,
+    width: usize,
+}
+
+impl Output {
+    fn new(rows: usize, width: usize) -> Self {
+        Self { values: Vec::with_capacity(rows * width), rows, width }
+    }
+
+    /// From row `first` on.
+    fn below(&self, first: usize) -> Columns {
+        assert!(first <= self.rows);
+        // SAFETY: within the allocation by the assertion.
+        #[allow(unsafe_code)]
+        let start = unsafe { self.values.as_ptr().cast_mut().add(first * self.width) };
+        Columns { start, rows: self.rows - first, width: self.width }
+    }
+
+    /// The numbers.
+    ///
+    /// # Safety
+    /// All of them have been written.
+    #[allow(unsafe_code)]
+    unsafe fn written(mut self) -> Vec<f32> {
+        // SAFETY: the capacity was asked for in `new`, and the caller has written it all.
+        unsafe { self.values.set_len(self.rows * self.width) };
+        self.values
+    }
+}
+
+/// Rows of an output that tasks write disjoint columns of.
 #[derive(Clone, Copy)]
 struct Columns {
     start: *mut f32,
@@ -125,7 +162,7 @@ struct Columns {
     width: usize,
 }
 
-// SAFETY: `write` is unsafe and asks for disjoint columns.
+// SAFETY: writing is unsafe and asks for disjoint columns.
 #[allow(unsafe_code)]
 unsafe impl Send for Columns {}
 // SAFETY: as above.
@@ -133,43 +170,75 @@ unsafe impl Send for Columns {}
 unsafe impl Sync for Columns {}
 
 impl Columns {
-    fn of(values: &mut [f32], width: usize) -> Self {
-        Self { start: values.as_mut_ptr(), rows: values.len() / width, width }
+    /// Where `columns` of `row` begin.
+    fn at(self, row: usize, columns: &Range<usize>) -> *mut f32 {
+        assert!(row < self.rows && columns.start <= columns.end && columns.end <= self.width);
+        // SAFETY: within the output by the assertion.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.start.add(row * self.width + columns.start)
+        }
     }
 
-    /// The part of `row` that begins at `column`.
+    /// Writes `columns` of `row`.
     ///
     /// # Safety
-    /// The values outlive the slice, and no other task touches these columns.
+    /// The output is still there, and no other task touches these columns.
     #[allow(unsafe_code)]
-    unsafe fn slice<'a>(self, row: usize, columns: Range<usize>) -> &'a mut [f32] {
-        assert!(row < self.rows && columns.start <= columns.end && columns.end <= self.width);
-        // SAFETY: within the values by the assertion, disjoint by the caller's word.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.start.add(row * self.width + columns.start), columns.len())
+    unsafe fn write(self, row: usize, columns: &Range<usize>, mut numbers: impl Iterator<Item = f32>) {
+        let start = self.at(row, columns);
+        for i in 0..columns.len() {
+            // SAFETY: within the columns that `at` has checked.
+            unsafe { start.add(i).write(numbers.next().unwrap_or_default()) };
         }
+    }
+}
+
+/// What a task needs beside its output. Kept by each thread: fresh memory would cost more than what
+/// is computed in it.
+#[derive(Default)]
+struct Scratch {
+    sums: Vec<f32>,
+    tiles: Vec<u16>,
+    numbers: Vec<f32>,
+}
+
+impl Scratch {
+    /// At least so many of each; what is in them is left from earlier tasks.
+    fn with<R>(sums: usize, tiles: usize, numbers: usize, task: impl FnOnce(&mut Self) -> R) -> R {
+        thread_local! {
+            static SCRATCH: RefCell<Scratch> = RefCell::default();
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let grow = |n: usize, old: usize| n.max(old);
+            scratch.sums.resize(grow(sums, scratch.sums.len()), 0.0);
+            scratch.tiles.resize(grow(tiles, scratch.tiles.len()), 0);
+            scratch.numbers.resize(grow(numbers, scratch.numbers.len()), 0.0);
+            task(scratch)
+        })
     }
 }
 
 /// `forward` of a few tokens, as in generation: each row is read once, and float32 is as fast as
 /// the memory it comes from.
-fn dot_products(w: &FrozenMatrix, x: &[f32], y: &mut [f32]) {
+fn dot_products(w: &FrozenMatrix, x: &[f32], y: Columns) {
     let [rows, cols] = w.shape();
-    let out = Columns::of(y, rows);
-    (0..rows.div_ceil(ROWS)).into_par_iter().for_each_init(
-        || vec![0.0; cols],
-        |numbers, task| {
+    (0..rows.div_ceil(ROWS)).into_par_iter().for_each(|task| {
+        Scratch::with(0, 0, cols, |scratch| {
+            let numbers = &mut scratch.numbers[..cols];
             for row in task * ROWS..rows.min((task + 1) * ROWS) {
                 w.dequantize(row, 0..cols, numbers);
                 for (token, x) in x.chunks_exact(cols).enumerate() {
+                    let sum = dot(x, numbers);
                     // SAFETY: this row of the matrix, a column of the output, is this task's alone.
                     #[allow(unsafe_code)]
-                    let y = unsafe { out.slice(token, row..row + 1) };
-                    y[0] = dot(x, numbers);
+                    unsafe {
+                        y.write(token, &(row..row + 1), std::iter::once(sum));
+                    }
                 }
             }
-        },
-    );
+        });
+    });
 }
 
 /// In sixteen sums, which compilers keep in one or two registers.
@@ -187,45 +256,56 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// A tile of rows is dequantized, then `y[:, tile] = x W[tile]^T`.
-fn forward_f32(w: &FrozenMatrix, x: &[f32], y: &mut [f32]) {
-    const TASK: usize = 4 * ROWS;
+fn forward_f32(w: &FrozenMatrix, x: &[f32], y: Columns) {
+    const TASK: usize = 8 * ROWS;
     let [rows, cols] = w.shape();
     let tokens = x.len() / cols;
-    let out = Columns::of(y, rows);
-    (0..rows.div_ceil(TASK)).into_par_iter().for_each_init(Vec::new, |tile: &mut Vec<f32>, task| {
+    (0..rows.div_ceil(TASK)).into_par_iter().for_each(|task| {
         let here = task * TASK..rows.min((task + 1) * TASK);
-        tile.resize(here.len() * cols, 0.0);
-        for (row, numbers) in here.clone().zip(tile.chunks_exact_mut(cols)) {
-            w.dequantize(row, 0..cols, numbers);
-        }
-        // SAFETY: x is [tokens, cols], tile [here, cols]; this task alone writes the columns
-        // `here` of y, whose rows lie `rows` apart.
-        #[allow(unsafe_code)]
-        unsafe {
-            let y = out.slice(0, here.clone()).as_mut_ptr();
-            product_f32([tokens, here.len(), cols], (y, rows), (x, cols, 1), (tile, 1, cols));
-        }
+        Scratch::with(0, 0, here.len() * cols, |scratch| {
+            let tile = &mut scratch.numbers[..here.len() * cols];
+            for (row, numbers) in here.clone().zip(tile.chunks_exact_mut(cols)) {
+                w.dequantize(row, 0..cols, numbers);
+            }
+            // SAFETY: x is [tokens, cols], tile [here, cols]; this task alone writes the columns
+            // `here` of y, whose rows lie `rows` apart.
+            #[allow(unsafe_code)]
+            unsafe {
+                product_f32(
+                    [tokens, here.len(), cols],
+                    (y.at(0, &here), rows),
+                    (x, cols, 1),
+                    (tile, 1, cols),
+                );
+            }
+        });
     });
 }
 
 /// A tile of columns is dequantized a few rows at a time, then `dx[:, tile] += dy W[:, tile]`.
-fn backward_f32(w: &FrozenMatrix, dy: &[f32], dx: &mut [f32]) {
+fn backward_f32(w: &FrozenMatrix, dy: &[f32], dx: Columns) {
     let [rows, cols] = w.shape();
     let tokens = dy.len() / rows;
-    let out = Columns::of(dx, cols);
-    (0..cols.div_ceil(COLUMNS)).into_par_iter().for_each_init(Vec::new, |tile: &mut Vec<f32>, task| {
-        let here = task * COLUMNS..cols.min((task + 1) * COLUMNS);
-        tile.resize(rows * here.len(), 0.0);
-        for (row, numbers) in tile.chunks_exact_mut(here.len()).enumerate() {
-            w.dequantize(row, here.clone(), numbers);
-        }
-        // SAFETY: dy is [tokens, rows], tile [rows, here]; this task alone writes the columns
-        // `here` of dx, whose rows lie `cols` apart.
-        #[allow(unsafe_code)]
-        unsafe {
-            let dx = out.slice(0, here.clone()).as_mut_ptr();
-            product_f32([tokens, here.len(), rows], (dx, cols), (dy, rows, 1), (tile, here.len(), 1));
-        }
+    let columns = columns_a_task(w);
+    (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
+        let here = task * columns..cols.min((task + 1) * columns);
+        Scratch::with(0, 0, rows * here.len(), |scratch| {
+            let tile = &mut scratch.numbers[..rows * here.len()];
+            for (row, numbers) in tile.chunks_exact_mut(here.len()).enumerate() {
+                w.dequantize(row, here.clone(), numbers);
+            }
+            // SAFETY: dy is [tokens, rows], tile [rows, here]; this task alone writes the columns
+            // `here` of dx, whose rows lie `cols` apart.
+            #[allow(unsafe_code)]
+            unsafe {
+                product_f32(
+                    [tokens, here.len(), rows],
+                    (dx.at(0, &here), cols),
+                    (dy, rows, 1),
+                    (tile, here.len(), 1),
+                );
+            }
+        });
     });
 }
 
@@ -245,22 +325,37 @@ unsafe fn product_f32(
     // SAFETY: by the contract above.
     unsafe {
         gemm::gemm(
-            m, n, k, c, 1, c_row as isize, false, a.as_ptr(), a_col as isize, a_row as isize, b.as_ptr(),
-            b_col as isize, b_row as isize, 0.0, 1.0, false, false, false, one,
+            m,
+            n,
+            k,
+            c,
+            1,
+            c_row as isize,
+            false,
+            a.as_ptr(),
+            a_col as isize,
+            a_row as isize,
+            b.as_ptr(),
+            b_col as isize,
+            b_row as isize,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            one,
         );
     }
 }
 
-fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: &mut [f32]) {
+fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: Columns) {
     let [rows, cols] = w.shape();
     let tokens = x.len() / cols;
     let right = Packed::pairs_along_rows(unit, x, cols, FORWARD_DEPTH);
-    let out = Columns::of(y, rows);
-    (0..rows.div_ceil(ROWS)).into_par_iter().for_each_init(
-        || (vec![0.0; right.strips * SIDE * ROWS], vec![0; ROWS * FORWARD_DEPTH], [0.0; FORWARD_DEPTH]),
-        |(sums, left, numbers), task| {
+    let sizes = (right.strips * SIDE * ROWS, ROWS * FORWARD_DEPTH, FORWARD_DEPTH);
+    (0..rows.div_ceil(ROWS)).into_par_iter().for_each(|task| {
+        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles: left, numbers }| {
             let multiplier = Multiplier::new(unit);
-            sums.fill(0.0);
             for (pass, start) in (0..cols).step_by(FORWARD_DEPTH).enumerate() {
                 let depth = right.depth(pass);
                 for r in 0..ROWS {
@@ -279,45 +374,45 @@ fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: &mut [f32]) {
                             right: [right.strip(pass, 2 * block), right.strip(pass, 2 * block + 1)],
                         };
                         let sums = &mut sums[(block * ROWS + top * BLOCK) * BLOCK..][..BLOCK * BLOCK];
-                        multiplier.multiply_block(strips, sums, BLOCK);
+                        multiplier.multiply_block(strips, pass == 0, sums, BLOCK);
                     }
                 }
             }
             // The sums are W x^T, 32 tokens a block: they are turned while they are written.
             let here = task * ROWS..rows.min((task + 1) * ROWS);
             for token in 0..tokens {
+                let column = &sums[token / BLOCK * ROWS * BLOCK + token % BLOCK..];
                 // SAFETY: these columns of the output are this task's alone.
                 #[allow(unsafe_code)]
-                let y = unsafe { out.slice(token, here.clone()) };
-                let column = &sums[token / BLOCK * ROWS * BLOCK + token % BLOCK..];
-                for (y, sum) in y.iter_mut().zip(column.iter().step_by(BLOCK)) {
-                    *y = *sum;
+                unsafe {
+                    y.write(token, &here, column.iter().step_by(BLOCK).copied());
                 }
             }
-        },
-    );
+        });
+    });
 }
 
-fn backward_bf16(w: &FrozenMatrix, unit: Bf16Unit, dy: &[f32], dx: &mut [f32]) {
+fn backward_bf16(w: &FrozenMatrix, unit: Bf16Unit, dy: &[f32], dx: Columns) {
     let [rows, cols] = w.shape();
     let tokens = dy.len() / rows;
     let left = Packed::rows(unit, dy, rows, BACKWARD_DEPTH);
-    let out = Columns::of(dx, cols);
-    (0..cols.div_ceil(COLUMNS)).into_par_iter().for_each_init(
-        || (vec![0.0; left.strips * SIDE * COLUMNS], vec![0; COLUMNS * BACKWARD_DEPTH], [[0.0; COLUMNS]; 2]),
-        |(sums, right, numbers), task| {
+    let columns = columns_a_task(w);
+    let sizes = (left.strips * SIDE * columns, columns * BACKWARD_DEPTH, 2 * columns);
+    (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
+        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles: right, numbers }| {
+            let (even, odd) = numbers.split_at_mut(columns);
             let multiplier = Multiplier::new(unit);
-            let here = task * COLUMNS..cols.min((task + 1) * COLUMNS);
+            let here = task * columns..cols.min((task + 1) * columns);
             let width = here.len().next_multiple_of(BLOCK);
             sums.fill(0.0);
             for (pass, start) in (0..rows).step_by(BACKWARD_DEPTH).enumerate() {
                 let depth = left.depth(pass);
                 for pair in 0..depth / 2 {
                     let row = start + 2 * pair;
-                    w.dequantize_padded(row, here.start..here.start + width, &mut numbers[0][..width]);
-                    w.dequantize_padded(row + 1, here.start..here.start + width, &mut numbers[1][..width]);
+                    w.dequantize_padded(row, here.start..here.start + width, &mut even[..width]);
+                    w.dequantize_padded(row + 1, here.start..here.start + width, &mut odd[..width]);
                     let at = pair / SIDE * TILE + pair % SIDE * DEPTH;
-                    let rows = numbers[0].as_chunks().0.iter().zip(numbers[1].as_chunks().0);
+                    let rows = even[..width].as_chunks().0.iter().zip(odd[..width].as_chunks().0);
                     for ((even, odd), strip) in rows.zip(right.chunks_exact_mut(SIDE * depth)) {
                         if let Some(pairs) = strip[at..].first_chunk_mut() {
                             multiplier.round_pairs(even, odd, pairs);
@@ -331,19 +426,27 @@ fn backward_bf16(w: &FrozenMatrix, unit: Bf16Unit, dy: &[f32], dx: &mut [f32]) {
                             left: [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)],
                             right: [strip(2 * side), strip(2 * side + 1)],
                         };
-                        let sums = &mut sums[block * BLOCK * COLUMNS + side * BLOCK..];
-                        multiplier.multiply_block(strips, sums, COLUMNS);
+                        let sums = &mut sums[block * BLOCK * columns + side * BLOCK..];
+                        multiplier.multiply_block(strips, pass == 0, sums, columns);
                     }
                 }
             }
             for token in 0..tokens {
+                let sums = &sums[token * columns..][..here.len()];
                 // SAFETY: these columns of the output are this task's alone.
                 #[allow(unsafe_code)]
-                let dx = unsafe { out.slice(token, here.clone()) };
-                dx.copy_from_slice(&sums[token * COLUMNS..][..here.len()]);
+                unsafe {
+                    dx.write(token, &here, sums.iter().copied());
+                }
             }
-        },
-    );
+        });
+    });
+}
+
+/// How wide a task of `backward` is: narrow matrices still have work for every core.
+fn columns_a_task(w: &FrozenMatrix) -> usize {
+    let [_, cols] = w.shape();
+    if cols >= 8 * COLUMNS { COLUMNS } else { w.column_step().max(2 * BLOCK) }
 }
 
 /// Activations in bf16, in strips of 16 tokens, cut along the summed dimension into passes.
@@ -386,11 +489,11 @@ impl Packed {
         let strips = tokens.next_multiple_of(BLOCK) / SIDE;
         let depth = width.next_multiple_of(DEPTH);
         let mut values = vec![0; strips * SIDE * depth];
-        values.par_chunks_mut(strips * SIDE * pass).enumerate().for_each(|(i, values)| {
-            let multiplier = Multiplier::new(unit);
+        for (i, values) in values.chunks_mut(strips * SIDE * pass).enumerate() {
             let deep = values.len() / (strips * SIDE);
             let columns = i * pass..width.min(i * pass + deep);
-            for (strip, values) in values.chunks_exact_mut(SIDE * deep).enumerate() {
+            values.par_chunks_exact_mut(SIDE * deep).enumerate().for_each(|(strip, values)| {
+                let multiplier = Multiplier::new(unit);
                 for token in 0..SIDE.min(tokens.saturating_sub(strip * SIDE)) {
                     let row = &x[(strip * SIDE + token) * width..][columns.clone()];
                     for (numbers, tile) in row.chunks(DEPTH).zip(values.chunks_exact_mut(TILE)) {
@@ -399,8 +502,8 @@ impl Packed {
                         place(token, &rounded, tile);
                     }
                 }
-            }
-        });
+            });
+        }
         Self { values, strips, depth, pass }
     }
 

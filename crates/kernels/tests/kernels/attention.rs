@@ -1,6 +1,7 @@
-use pronk_kernels::{Span, attention};
+use burn::tensor::Tensor;
+use pronk_kernels::{Span, Tracked, attention, pull_back};
 
-use crate::reference::{Input, check};
+use crate::reference::{Input, assert_close, check, devices, dot, host, numbers};
 
 /// Heads, key heads and the width of a head.
 #[derive(Clone, Copy)]
@@ -13,9 +14,7 @@ struct Heads {
 /// One query, head and key at a time.
 fn reference(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &[Span]) -> Vec<f64> {
     let Heads { q: n_heads, kv, dim } = heads;
-    let row = |x: &[f64], token: usize, head: usize, of: usize| -> Vec<f64> {
-        x[(token * of + head) * dim..][..dim].to_vec()
-    };
+    let row = |token: usize, head: usize, of: usize| (token * of + head) * dim..(token * of + head + 1) * dim;
     let mut out = Vec::new();
     for span in spans {
         // The last key belongs to the last query.
@@ -24,33 +23,67 @@ fn reference(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &[Span]) -> V
             let seen = span.keys.start..=span.keys.start + before + i;
             for head in 0..n_heads {
                 let shared = head / (n_heads / kv);
-                let a = row(q, query, head, n_heads);
-                let score = |key| {
-                    let b = row(k, key, shared, kv);
-                    (a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>() / (dim as f64).sqrt()).exp()
-                };
+                let a = &q[row(query, head, n_heads)];
+                let score = |key| (dot(a, &k[row(key, shared, kv)]) / (dim as f64).sqrt()).exp();
                 let scores: Vec<f64> = seen.clone().map(score).collect();
                 let total: f64 = scores.iter().sum();
-                for d in 0..dim {
-                    let sum: f64 = seen.clone().zip(&scores).map(|(t, s)| s * row(v, t, shared, kv)[d]).sum();
-                    out.push(sum / total);
+                let mut sums = vec![0.0; dim];
+                for (key, score) in seen.clone().zip(&scores) {
+                    sums.iter_mut().zip(&v[row(key, shared, kv)]).for_each(|(sum, v)| *sum += score * v);
                 }
+                out.extend(sums.iter().map(|sum| sum / total));
             }
         }
     }
     out
 }
 
-fn check_spans(what: &str, heads: Heads, spans: &[Span]) {
+fn inputs(heads: Heads, spans: &[Span]) -> [Input<3>; 3] {
     let queries = spans.iter().map(|span| span.queries.end).max().unwrap();
     let keys = spans.iter().map(|span| span.keys.end).max().unwrap();
-    let inputs = [
+    [
         Input::random([queries, heads.q, heads.dim], 1).scaled(3.0),
         Input::random([keys, heads.kv, heads.dim], 2).scaled(3.0),
         Input::random([keys, heads.kv, heads.dim], 3),
-    ];
-    let operation = |x: &[burn::tensor::Tensor<3>]| attention(&x[0], &x[1], &x[2], spans);
-    check(what, &inputs, operation, |x| reference(&x[0], &x[1], &x[2], heads, spans));
+    ]
+}
+
+fn check_spans(what: &str, heads: Heads, spans: &[Span]) {
+    let operation = |x: &[Tensor<3>]| attention(x[0].clone(), &x[1], &x[2], spans);
+    check(what, &inputs(heads, spans), operation, |x| reference(&x[0], &x[1], &x[2], heads, spans));
+}
+
+/// For shapes with too many numbers for a slope at each: the result, and the slope along random
+/// directions.
+fn check_large_spans(what: &str, heads: Heads, spans: &[Span]) {
+    let inputs = inputs(heads, spans);
+    let values = inputs.each_ref().map(|input| input.values.clone());
+    let expected = reference(&values[0], &values[1], &values[2], heads, spans);
+    let weights = numbers(expected.len(), 99);
+    let directions = inputs.each_ref().map(|input| numbers(input.values.len(), 7));
+    let slopes: Vec<f64> = (0..3)
+        .map(|i| {
+            let loss = |step: &[f64]| {
+                let mut x = values.clone();
+                x[i].iter_mut().zip(&directions[i]).for_each(|(x, u)| *x += step[0] * u);
+                dot(&reference(&x[0], &x[1], &x[2], heads, spans), &weights)
+            };
+            crate::reference::slopes(loss, &[0.0])[0]
+        })
+        .collect();
+    for (name, device) in devices() {
+        let leaves = inputs.each_ref().map(|input| input.on(&device).tracked());
+        let output = attention(leaves[0].clone(), &leaves[1], &leaves[2], spans);
+        assert_close(&format!("{what} on {name}"), &host(&output), &expected);
+        let weights = Input { values: weights.clone(), shape: output.dims() }.on(&device);
+        let gradients = pull_back(&output, weights);
+        let found: Vec<f64> = leaves
+            .iter()
+            .zip(&directions)
+            .map(|(leaf, direction)| dot(&host(&leaf.grad(&gradients).unwrap()), direction))
+            .collect();
+        assert_close(&format!("{what} on {name}, slopes"), &found, &slopes);
+    }
 }
 
 #[test]
@@ -71,4 +104,33 @@ fn new_tokens_behind_a_cache() {
     let heads = Heads { q: 4, kv: 2, dim: 3 };
     check_spans("attention, 3 new tokens", heads, &[Span { queries: 0..3, keys: 0..9 }]);
     check_spans("attention, 1 new token", heads, &[Span { queries: 0..1, keys: 0..9 }]);
+}
+
+#[test]
+fn one_token_and_odd_sizes() {
+    // A token that sees itself alone has no slope; the other documents' tell how small that is.
+    let spans = [0..1, 1..3, 3..4].map(Span::document);
+    check_spans("attention, 1 token", Heads { q: 3, kv: 1, dim: 6 }, &spans);
+    check_spans("attention, 6 features", Heads { q: 3, kv: 1, dim: 6 }, &[0..4, 4..15].map(Span::document));
+}
+
+#[test]
+fn long_documents_in_several_tiles() {
+    let spans = [0..300, 300..301, 301..340].map(Span::document);
+    check_large_spans("attention, 300 tokens, 9 heads on 3", Heads { q: 9, kv: 3, dim: 64 }, &spans);
+    check_large_spans("attention, 300 tokens, 2 heads on 2", Heads { q: 2, kv: 2, dim: 6 }, &spans);
+}
+
+#[test]
+fn many_new_tokens_behind_a_cache() {
+    let spans = [Span { queries: 0..130, keys: 0..201 }];
+    check_large_spans("attention, 130 new tokens", Heads { q: 4, kv: 2, dim: 16 }, &spans);
+}
+
+#[test]
+fn spans_may_leave_rows_out_and_share_them() {
+    let heads = Heads { q: 2, kv: 1, dim: 3 };
+    check_spans("attention, a gap", heads, &[0..3, 4..6].map(Span::document));
+    let prompt = [Span { queries: 0..2, keys: 0..5 }, Span { queries: 2..4, keys: 0..6 }];
+    check_spans("attention, shared keys", heads, &prompt);
 }

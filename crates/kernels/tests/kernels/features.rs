@@ -7,30 +7,34 @@ use crate::reference::{Input, check, devices, dot, host};
 
 #[test]
 fn rms_norm_scales_by_the_root_mean_square() {
-    const HIDDEN: usize = 33;
-    let weight = Input::random([HIDDEN], 2);
-    let x = Input::random([7, HIDDEN], 1).scaled(0.1);
-    for eps in [1e-6, 0.01] {
+    for (tokens, hidden, eps) in [(7, 33, 1e-6), (7, 33, 0.01), (1, 64, 1e-5), (37, 6, 1e-5)] {
+        let weight = Input::random([hidden], 2);
+        let x = Input::random([tokens, hidden], 1).scaled(0.1);
         let reference = |x: &[Vec<f64>]| {
             let norm = |row: &[f64]| {
-                let scale = (dot(row, row) / HIDDEN as f64 + eps).sqrt();
+                let scale = (dot(row, row) / hidden as f64 + eps).sqrt();
                 row.iter().zip(&weight.values).map(|(x, w)| x / scale * w).collect::<Vec<_>>()
             };
-            x[0].chunks_exact(HIDDEN).flat_map(norm).collect()
+            x[0].chunks_exact(hidden).flat_map(norm).collect()
         };
         let operation = |x: &[Tensor<2>]| rms_norm(x[0].clone(), &weight.on(&x[0].device()), eps);
-        check(&format!("rms_norm, eps {eps}"), std::slice::from_ref(&x), operation, reference);
+        let what = format!("rms_norm, {tokens} tokens of {hidden}, eps {eps}");
+        check(&what, std::slice::from_ref(&x), operation, reference);
     }
 }
 
 #[test]
 fn swiglu_gates() {
-    let inputs = [Input::random([5, 13], 1).scaled(20.0), Input::random([5, 13], 2)];
-    let reference = |x: &[Vec<f64>]| {
-        let gated = x[0].iter().zip(&x[1]).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up);
-        gated.collect()
-    };
-    check("swiglu", &inputs, |x: &[Tensor<2>]| swiglu(x[0].clone(), x[1].clone()), reference);
+    // The widest gates are beyond where a float32 exponential ends.
+    for (shape, widest) in [([5, 13], 20.0), ([1, 16], 1.0), ([3, 7], 200.0)] {
+        let inputs = [Input::random(shape, 1).scaled(widest), Input::random(shape, 2)];
+        let reference = |x: &[Vec<f64>]| {
+            let gated = x[0].iter().zip(&x[1]).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up);
+            gated.collect()
+        };
+        let operation = |x: &[Tensor<2>]| swiglu(x[0].clone(), x[1].clone());
+        check(&format!("swiglu, gates to {widest}"), &inputs, operation, reference);
+    }
 }
 
 #[test]

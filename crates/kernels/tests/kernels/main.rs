@@ -9,5 +9,7 @@ mod dropout;
 mod features;
 mod frozen_formats;
 mod frozen_products;
+mod lent;
 mod reference;
 mod rotary;
+mod timing;

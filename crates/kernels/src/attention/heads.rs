@@ -1,0 +1,120 @@
+//! Heads of tokens in memory, and the parts of them that tasks fetch and replace.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use crate::rewritten::Rewritten;
+
+/// Which tokens' heads, out of how many to a token, each of how many features.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// The tokens.
+    pub tokens: Range<usize>,
+    /// Of each of them, these heads.
+    pub heads: Range<usize>,
+    /// Heads of a token.
+    pub of: usize,
+    /// Features of a head.
+    pub dim: usize,
+}
+
+impl Part {
+    /// The same heads of other tokens.
+    pub fn at(&self, tokens: Range<usize>) -> Self {
+        Self { tokens, ..self.clone() }
+    }
+
+    /// Where each token's heads lie among all numbers.
+    fn runs(&self) -> impl Iterator<Item = Range<usize>> {
+        let at = move |token: usize, head: usize| (token * self.of + head) * self.dim;
+        self.tokens.clone().map(move |token| at(token, self.heads.start)..at(token, self.heads.end))
+    }
+
+    /// Whether a part lies within this one.
+    fn holds(&self, part: &Self) -> bool {
+        self.tokens.start <= part.tokens.start
+            && part.tokens.end <= self.tokens.end
+            && self.heads == part.heads
+    }
+}
+
+/// Copies a part of `all` to `values`, one token after another.
+pub fn fetch(all: &[f32], part: &Part, values: &mut Vec<f32>) {
+    values.clear();
+    part.runs().for_each(|run| values.extend_from_slice(&all[run]));
+}
+
+/// Numbers that tasks replace, each a part of its own.
+#[derive(Clone, Copy)]
+pub struct Shared<'a> {
+    from: *const f32,
+    out: *mut f32,
+    length: usize,
+    numbers: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: nothing is reached but through `part`, which is unsafe and asks for disjoint parts.
+#[allow(unsafe_code)]
+unsafe impl Send for Shared<'_> {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    pub fn new(numbers: Rewritten<'a>) -> Self {
+        let (from, out, length) = numbers.places();
+        Self { from, out, length, numbers: PhantomData }
+    }
+
+    /// A part of the numbers, for one task.
+    ///
+    /// # Safety
+    /// Parts that are alive at a time share no token's head.
+    ///
+    /// # Panics
+    /// Where there are no such tokens or heads.
+    #[allow(unsafe_code)]
+    pub unsafe fn part(self, part: Part) -> Own<'a> {
+        let exists = part.heads.end <= part.of && part.tokens.end * part.of * part.dim <= self.length;
+        assert!(exists, "tokens and heads that exist");
+        Own { all: self, part }
+    }
+}
+
+/// The numbers of one task.
+pub struct Own<'a> {
+    all: Shared<'a>,
+    part: Part,
+}
+
+impl Own<'_> {
+    /// Copies the numbers of some of the tokens to `values`. They are there until others are stored.
+    pub fn fetch(&self, tokens: Range<usize>, values: &mut Vec<f32>) {
+        values.clear();
+        for run in self.runs(tokens) {
+            // SAFETY: `part` has checked that the run is there; nobody else writes to it.
+            #[allow(unsafe_code)]
+            let run = unsafe { std::slice::from_raw_parts(self.all.from.add(run.start), run.len()) };
+            values.extend_from_slice(run);
+        }
+    }
+
+    /// Replaces the numbers of some of the tokens by `values`.
+    pub fn store(&mut self, tokens: Range<usize>, values: &[f32]) {
+        let mut rest = values;
+        for run in self.runs(tokens) {
+            let (values, others) = rest.split_at(run.len());
+            // SAFETY: `part` has checked that the run is there; nobody else reads or writes it.
+            #[allow(unsafe_code)]
+            let run = unsafe { std::slice::from_raw_parts_mut(self.all.out.add(run.start), run.len()) };
+            run.copy_from_slice(values);
+            rest = others;
+        }
+    }
+
+    fn runs(&self, tokens: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let part = self.part.at(tokens);
+        assert!(self.part.holds(&part), "tokens of the task's own");
+        part.runs().collect::<Vec<_>>().into_iter()
+    }
+}

@@ -1,0 +1,59 @@
+//! The exponential function as a straight line of arithmetic, which compilers turn into vectors:
+//! libm's is a call for every number.
+
+// Loops that call it have to have it inside, to be compiled for the vectors they are.
+#![allow(clippy::inline_always)]
+
+/// Where results leave the normal numbers: `exp` stays at its value there.
+const LOWEST: f32 = -87.33;
+const HIGHEST: f32 = 88.37;
+
+/// Added to a number below 2^22 and taken off again, it leaves the nearest whole number, which
+/// also stands in the low bits of the sum.
+const ROUND: f32 = 12_582_912.0;
+
+/// `ln 2` in two parts. Few bits are set in the first, so that its product with a whole exponent
+/// is exact.
+const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+
+/// `(e^r - 1 - r) / r^2` for `|r| <= ln(2) / 2`, highest power first (Moshier's Cephes).
+const SERIES: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+
+/// `e^x` with a relative error below 2e-7 for `x` in `[-87.33, 88.37]`; beyond them, the value at
+/// the nearer end. NaN stays NaN.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    let x = if x < LOWEST { LOWEST } else { x };
+    let x = if x > HIGHEST { HIGHEST } else { x };
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let exponent = rounded - ROUND;
+    let r = x - exponent * LN_2[0] - exponent * LN_2[1];
+    let mut sum = SERIES[0];
+    for coefficient in &SERIES[1..] {
+        sum = sum * r + coefficient;
+    }
+    let fraction = sum * (r * r) + r + 1.0;
+    // 2^exponent: the low bits of `rounded`, moved to where a float keeps its exponent.
+    fraction * f32::from_bits((rounded.to_bits() << 23).wrapping_add(1.0_f32.to_bits()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(clippy::float_cmp)] // e^0 is exactly 1
+    fn exponentials_are_good_to_2e7() {
+        let mut worst = 0.0_f64;
+        for i in -873_200..=883_600 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) / exact - 1.0).abs());
+        }
+        println!("relative error {worst:.2e}");
+        assert!(worst < 2e-7, "relative error {worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::NAN).is_nan());
+        assert!(exp(f32::NEG_INFINITY) < 1.3e-38 && exp(f32::INFINITY) > 2e38);
+    }
+}

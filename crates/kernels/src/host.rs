@@ -1,0 +1,167 @@
+//! Tensors whose numbers lie in this machine's memory, lent to operations that compute there.
+
+use burn::backend::Backend;
+use burn::backend::tensor::{Device, FloatTensor};
+use burn::tensor::{DType, Shape, Tensor};
+
+use crate::computes_on_host;
+use crate::rewritten::Rewritten;
+
+/// Whether operations on `x` can be lent its numbers: float32, in this machine's memory.
+pub fn lends<const D: usize>(x: &Tensor<D>) -> bool {
+    x.dtype() == DType::F32 && computes_on_host(&x.device())
+}
+
+/// A backend that can lend the numbers of its tensors.
+pub trait Host: Backend {
+    /// Whether it does for this one: float32, in this machine's memory.
+    fn lends(tensor: &FloatTensor<Self>) -> bool;
+
+    /// The same tensor, its numbers one after another as its shape tells them.
+    fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The numbers of a tensor.
+    ///
+    /// # Panics
+    /// Where the tensor is not lent or not [`Host::contiguous`].
+    fn numbers(tensor: &FloatTensor<Self>) -> &[f32];
+
+    /// A new tensor, all of whose numbers `f` writes.
+    fn write<R>(
+        shape: Shape,
+        device: &Device<Self>,
+        f: impl FnOnce(&mut [f32]) -> R,
+    ) -> (FloatTensor<Self>, R);
+
+    /// A tensor of the same shape, its numbers replaced by `f`: in the same memory if nobody else
+    /// holds the tensor.
+    fn rewrite<R>(tensor: FloatTensor<Self>, f: impl FnOnce(Rewritten) -> R) -> (FloatTensor<Self>, R);
+}
+
+#[cfg(feature = "flex")]
+mod flex {
+    use burn::backend::flex::FlexTensor;
+    use burn::backend::tensor::{Device, FloatTensor};
+    use burn::backend::{Flex, TensorMetadata};
+    use burn::tensor::{DType, Shape, TensorData};
+
+    use super::{Host, Rewritten};
+
+    impl Host for Flex {
+        fn lends(tensor: &FloatTensor<Self>) -> bool {
+            tensor.dtype() == DType::F32
+        }
+
+        fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+            if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
+        }
+
+        fn numbers(tensor: &FloatTensor<Self>) -> &[f32] {
+            let Some(numbers) = tensor.as_slice() else { panic!("numbers of a contiguous float32 tensor") };
+            numbers
+        }
+
+        fn write<R>(
+            shape: Shape,
+            _: &Device<Self>,
+            f: impl FnOnce(&mut [f32]) -> R,
+        ) -> (FloatTensor<Self>, R) {
+            let mut numbers = vec![0.0; shape.num_elements()];
+            let result = f(&mut numbers);
+            (FlexTensor::from_data(TensorData::new(numbers, shape)), result)
+        }
+
+        fn rewrite<R>(
+            mut tensor: FloatTensor<Self>,
+            f: impl FnOnce(Rewritten) -> R,
+        ) -> (FloatTensor<Self>, R) {
+            if let Some((start, end)) = tensor.layout().contiguous_offsets()
+                && let Some(numbers) = tensor.try_storage_mut()
+            {
+                let result = f(Rewritten::in_place(&mut numbers[start..end]));
+                return (tensor, result);
+            }
+            let tensor = Self::contiguous(tensor);
+            let from = Self::numbers(&tensor);
+            Self::write(tensor.shape(), &tensor.device(), |out| f(Rewritten::elsewhere(from, out)))
+        }
+    }
+}
+
+#[cfg(feature = "tch")]
+mod libtorch {
+    use burn::backend::libtorch::{LibTorchDevice, TchTensor};
+    use burn::backend::tensor::{Device, FloatTensor};
+    use burn::backend::{LibTorch, TensorMetadata};
+    use burn::tensor::{DType, Shape};
+
+    use super::{Host, Rewritten};
+
+    impl Host for LibTorch {
+        fn lends(tensor: &FloatTensor<Self>) -> bool {
+            tensor.dtype() == DType::F32 && tensor.device() == LibTorchDevice::Cpu
+        }
+
+        fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+            if tensor.tensor.is_contiguous() { tensor } else { TchTensor::new(tensor.tensor.contiguous()) }
+        }
+
+        fn numbers(tensor: &FloatTensor<Self>) -> &[f32] {
+            let (start, length) = memory(tensor);
+            if length == 0 {
+                return &[];
+            }
+            // SAFETY: `memory` has checked that the numbers are there. Nobody writes to them while
+            // the tensor is held: burn computes in place only where one tensor holds the memory.
+            #[allow(unsafe_code)]
+            unsafe {
+                std::slice::from_raw_parts(start, length)
+            }
+        }
+
+        fn write<R>(
+            shape: Shape,
+            device: &Device<Self>,
+            f: impl FnOnce(&mut [f32]) -> R,
+        ) -> (FloatTensor<Self>, R) {
+            let mut tensor = TchTensor::empty(shape, *device, DType::F32);
+            let result = f(numbers_mut(&mut tensor));
+            (tensor, result)
+        }
+
+        fn rewrite<R>(
+            mut tensor: FloatTensor<Self>,
+            f: impl FnOnce(Rewritten) -> R,
+        ) -> (FloatTensor<Self>, R) {
+            if tensor.tensor.is_contiguous() && tensor.can_mut() {
+                let result = f(Rewritten::in_place(numbers_mut(&mut tensor)));
+                return (tensor, result);
+            }
+            let tensor = Self::contiguous(tensor);
+            let from = Self::numbers(&tensor);
+            Self::write(tensor.shape(), &tensor.device(), |out| f(Rewritten::elsewhere(from, out)))
+        }
+    }
+
+    /// The numbers of a tensor that nobody else holds.
+    fn numbers_mut(tensor: &mut TchTensor) -> &mut [f32] {
+        assert!(tensor.can_mut(), "numbers to be written, of one tensor only");
+        let (start, length) = memory(tensor);
+        if length == 0 {
+            return &mut [];
+        }
+        // SAFETY: `memory` has checked that the numbers are there, and no other tensor holds them.
+        // In a new tensor they are any floats; the compiler knows nothing of LibTorch's memory.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts_mut(start, length)
+        }
+    }
+
+    /// Where a tensor's numbers begin, and how many they are.
+    fn memory(tensor: &TchTensor) -> (*mut f32, usize) {
+        let reachable = LibTorch::lends(tensor) && tensor.tensor.is_contiguous();
+        assert!(reachable, "numbers of a contiguous float32 tensor in this machine's memory");
+        (tensor.tensor.data_ptr().cast(), tensor.tensor.numel())
+    }
+}

@@ -1,0 +1,68 @@
+//! Root mean square normalization, a row at a time.
+
+use rayon::prelude::*;
+
+use crate::frozen::wide::widest;
+use crate::rewritten::Rewritten;
+
+/// Rows of one task, enough of them to be worth handing over.
+const TASK: usize = 16;
+
+/// `y = x / sqrt(mean(x^2) + eps) * weight` in place of `x`. Returns `1 / sqrt(..)` for each row.
+pub fn forward(x: Rewritten, weight: &[f32], eps: f32) -> Vec<f32> {
+    let width = weight.len();
+    let rows = |rows: &mut [f32]| -> Vec<f32> {
+        widest(|| rows.chunks_exact_mut(width).map(|row| normalize(row, weight, eps)).collect())
+    };
+    let scales: Vec<Vec<f32>> = x.pieces(TASK * width).map(rows).collect();
+    scales.concat()
+}
+
+#[inline(always)]
+fn normalize(x: &mut [f32], weight: &[f32], eps: f32) -> f32 {
+    let mean_square = sum_of_products([x, x]) / x.len() as f32;
+    let scale = 1.0 / (mean_square + eps).sqrt();
+    for (x, w) in x.iter_mut().zip(weight) {
+        *x = *x * scale * w;
+    }
+    scale
+}
+
+/// The gradient at `x` in place of `dy`, from the `scales` that [`forward`] returned: with
+/// `g = dy * weight` it is `scale * (g - x * scale^2 * mean(x * g))`.
+pub fn backward(dy: Rewritten, x: &[f32], weight: &[f32], scales: &[f32]) {
+    let width = weight.len();
+    let inputs = x.par_chunks(TASK * width).zip(scales.par_chunks(TASK));
+    dy.pieces(TASK * width).zip(inputs).for_each(|(dy, (x, scales))| {
+        widest(|| {
+            let rows = dy.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(scales);
+            rows.for_each(|((dy, x), scale)| pull_back(dy, x, weight, *scale));
+        });
+    });
+}
+
+#[inline(always)]
+fn pull_back(dy: &mut [f32], x: &[f32], weight: &[f32], scale: f32) {
+    for (dy, w) in dy.iter_mut().zip(weight) {
+        *dy *= w;
+    }
+    let along = scale * scale * sum_of_products([dy, x]) / x.len() as f32;
+    for (dy, x) in dy.iter_mut().zip(x) {
+        *dy = scale * (*dy - x * along);
+    }
+}
+
+/// In sixteen sums, whatever the processor's vectors are, so that results are the same everywhere.
+#[inline(always)]
+fn sum_of_products([a, b]: [&[f32]; 2]) -> f32 {
+    let mut sums = [0.0_f32; 16];
+    let (a, a_rest) = a.as_chunks::<16>();
+    let (b, b_rest) = b.as_chunks::<16>();
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..16 {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
+}
