@@ -107,7 +107,13 @@ fn loss_is_the_mean_over_supervised_tokens_and_tokens_are_real() {
             tokens += ids.len();
         }
         // Records of unlike length, each in a micro-batch of its own: a mean of means would be another.
-        let set = ["data.val_size=0", "train.batch_size=2", "train.micro_batch_size=1", "train.max_steps=2"];
+        let set = [
+            "base.compute=f32",
+            "data.val_size=0",
+            "train.batch_size=2",
+            "train.micro_batch_size=1",
+            "train.max_steps=2",
+        ];
         shop.train("run", device, &set).succeeds();
         let line = &shop.metrics("run")[0];
         assert_eq!((&line["tokens"], &line["supervised_tokens"]), (&tokens.into(), &supervised.into()));

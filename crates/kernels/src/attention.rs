@@ -46,6 +46,9 @@ impl Span {
 /// - q: `[query tokens, heads, head_dim]`
 /// - k, v: `[key tokens, kv_heads, head_dim]`
 /// - result: `[query tokens, heads * head_dim]`
+///
+/// # Panics
+/// Where the shapes do not fit, or spans are of other rows.
 pub fn attention(q: Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, spans: &[Span]) -> Tensor<2> {
     let [tokens, heads, dim] = q.dims();
     if !lends(&q) || !cover(spans, tokens, k.dims()[0]) {
@@ -95,12 +98,14 @@ fn forward<B: Host>(
     v: &FloatTensor<B>,
     spans: &[Span],
 ) -> (FloatTensor<B>, Vec<f32>) {
+    assert!(k.shape() == v.shape(), "a value for every key");
     let widths = widths::<B>(&q, k);
     B::rewrite(q, |q| tiles::forward(q, [B::numbers(k), B::numbers(v)], widths, spans))
 }
 
 fn widths<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Widths {
     let (q, k) = (q.shape(), k.shape());
+    assert!(q[2] == k[2] && q[1].is_multiple_of(k[1]), "heads of one width, as many to each key head");
     Widths { heads: q[1], kv_heads: k[1], dim: q[2] }
 }
 

@@ -189,7 +189,7 @@ fn loads(library: &str) -> bool {
 macro_rules! finder {
     ($name:ident, $feature:literal, $devices:expr) => {
         #[cfg(feature = $feature)]
-        #[allow(deprecated)] // burn deprecates its LibTorch backend after 0.22; here it stays
+
         fn $name() -> Vec<Device> {
             $devices
         }

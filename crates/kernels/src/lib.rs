@@ -8,18 +8,24 @@
 //! profile shows the time, an operation has an implementation of its own: on the processor, a loop
 //! over the tensors' numbers, with its own backward pass.
 
+// burn deprecates its LibTorch backend after 0.22; here it stays.
+#![cfg_attr(feature = "tch", allow(deprecated))]
+
 mod adamw;
 mod attention;
 mod cross_entropy;
 mod device;
 mod exp;
 mod frozen;
+// Without a backend on the processor nobody lends anything.
+#[cfg_attr(not(any(feature = "flex", feature = "tch")), allow(dead_code))]
 mod host;
 mod linear;
 mod norm;
 pub mod plain;
 mod pullback;
 mod random;
+#[cfg_attr(not(any(feature = "flex", feature = "tch")), allow(dead_code))]
 mod rewritten;
 mod rotary;
 mod swiglu;

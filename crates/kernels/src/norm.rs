@@ -8,7 +8,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
+use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::Tensor;
 
 use crate::host::{Host, lends};
@@ -21,6 +21,9 @@ use crate::plain;
 /// # Shapes
 /// - x: `[tokens, hidden]`, weight: `[hidden]`
 /// - result: `[tokens, hidden]`
+///
+/// # Panics
+/// Where the shapes do not fit.
 pub fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
     if !lends(&x) {
         return plain::rms_norm(x, &weight.clone().detach(), eps);
@@ -44,6 +47,7 @@ impl<B: Host> RmsNorm for B {
 
 /// Returns the scale of each row too.
 fn forward<B: Host>(x: FloatTensor<B>, weight: &FloatTensor<B>, eps: f32) -> (FloatTensor<B>, Vec<f32>) {
+    assert_eq!(x.shape()[1], weight.shape()[0], "a weight for every feature");
     B::rewrite(x, |x| rows::forward(x, B::numbers(weight), eps))
 }
 

@@ -110,6 +110,9 @@ impl RotaryTables {
     ///
     /// # Shapes
     /// - x and result: `[tokens, heads, head_dim]`
+    ///
+    /// # Panics
+    /// Where `x` has another number of tokens than the tables, or heads of another width.
     pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
         if !lends(&x) {
             return plain::rotary(x, self);
@@ -139,6 +142,7 @@ impl<B: Host> RotaryTurn for B {
         direction: Turn,
     ) -> FloatTensor<Self> {
         let (shape, cos, sin) = (x.shape(), B::contiguous(cos), B::contiguous(sin));
+        assert_eq!(cos.shape()[2] * 2, shape[2], "an angle for every pair of features");
         let widths = [shape[1], shape[2] / 2];
         B::rewrite(x, |x| turn(x, [B::numbers(&cos), B::numbers(&sin)], widths, direction)).0
     }

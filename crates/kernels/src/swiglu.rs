@@ -19,6 +19,9 @@ use crate::plain;
 ///
 /// # Shapes
 /// - gate, up and result: `[tokens, intermediate]`
+///
+/// # Panics
+/// Where the shapes do not fit.
 pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     if !lends(&gate) {
         return plain::swiglu(gate, up);

@@ -91,18 +91,15 @@ impl Base {
             Weights::Safetensors(files) => files.matrix(name),
             Weights::Gguf(file) => file.matrix(name),
         };
-        let matrix = match found {
-            Some(matrix) => matrix,
-            None => {
-                let host = self.read(name)?;
-                let &[rows, cols] = &host.shape[..] else {
-                    return Err(
-                        self.wrong(format!("{name}: expected a matrix, found shape {:?}", host.shape))
-                    );
-                };
-                let values = Bytes::from(host.cast(Dtype::F32).bytes.into_owned());
-                FrozenMatrix::dense(Format::F32, [rows, cols], values)
-            }
+        let matrix = if let Some(matrix) = found {
+            matrix
+        } else {
+            let host = self.read(name)?;
+            let &[rows, cols] = &host.shape[..] else {
+                return Err(self.wrong(format!("{name}: expected a matrix, found shape {:?}", host.shape)));
+            };
+            let values = Bytes::from(host.cast(Dtype::F32).bytes.into_owned());
+            FrozenMatrix::dense(Format::F32, [rows, cols], values)
         };
         matrix.map_err(|e| self.wrong(format!("{name}: {e}")))
     }

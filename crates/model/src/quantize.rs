@@ -187,13 +187,12 @@ fn plan(base: &Base, scheme: Scheme) -> Result<Vec<QuantizedTensor>, ModelError>
 
 /// The base's configuration, and how its weights are quantized now.
 fn config_json(base: &Base, scheme: Scheme) -> Result<Value, ModelError> {
-    let mut config = match base.gguf() {
-        Some(_) => base.config.to_json("bfloat16"),
-        None => {
-            let path = base.path.join("config.json");
-            let text = fs::read(&path).map_err(ModelError::io(&path))?;
-            serde_json::from_slice(&text).map_err(|e| ModelError::malformed(&path, e.to_string()))?
-        }
+    let mut config: Value = if base.gguf().is_some() {
+        base.config.to_json("bfloat16")
+    } else {
+        let path = base.path.join("config.json");
+        let text = fs::read(&path).map_err(ModelError::io(&path))?;
+        serde_json::from_slice(&text).map_err(|e| ModelError::malformed(&path, e.to_string()))?
     };
     for key in ["dtype", "torch_dtype"] {
         // What is not quantized is kept in 16 bits now.

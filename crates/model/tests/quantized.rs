@@ -201,7 +201,7 @@ fn the_second_time_it_is_there() {
     assert_eq!(other.origin, Origin::Quantized);
     let weights = dir.path().join("base").join(WEIGHTS);
     let file = fs::File::options().write(true).open(weights).unwrap();
-    file.set_modified(before - std::time::Duration::from_secs(60)).unwrap();
+    file.set_modified(before - std::time::Duration::from_mins(1)).unwrap();
     let other = quantize(&base, Scheme::Nf4, &cache);
     assert_eq!(other.origin, Origin::Quantized);
     assert_eq!(listing(&cache).len(), 3);

@@ -25,9 +25,9 @@ impl Part {
     }
 
     /// Where each token's heads lie among all numbers.
-    fn runs(&self) -> impl Iterator<Item = Range<usize>> {
-        let at = move |token: usize, head: usize| (token * self.of + head) * self.dim;
-        self.tokens.clone().map(move |token| at(token, self.heads.start)..at(token, self.heads.end))
+    fn runs(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let Self { tokens, heads, of, dim } = self.clone();
+        tokens.map(move |token| (token * of + heads.start) * dim..(token * of + heads.end) * dim)
     }
 
     /// Whether a part lies within this one.
@@ -61,6 +61,7 @@ unsafe impl Send for Shared<'_> {}
 unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {
+    /// All of them.
     pub fn new(numbers: Rewritten<'a>) -> Self {
         let (from, out, length) = numbers.places();
         Self { from, out, length, numbers: PhantomData }
@@ -112,9 +113,9 @@ impl Own<'_> {
         }
     }
 
-    fn runs(&self, tokens: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    fn runs(&self, tokens: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
         let part = self.part.at(tokens);
         assert!(self.part.holds(&part), "tokens of the task's own");
-        part.runs().collect::<Vec<_>>().into_iter()
+        part.runs()
     }
 }

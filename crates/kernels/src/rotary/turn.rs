@@ -31,8 +31,12 @@ impl Turn {
 ///
 /// # Shapes
 /// - x: `[tokens, heads, head_dim]`; cos, sin: `[tokens, half]`, half a `head_dim` each
+///
+/// # Panics
+/// Where there are more or fewer tokens than angles.
 pub fn turn(x: Rewritten, [cos, sin]: [&[f32]; 2], [heads, half]: [usize; 2], direction: Turn) {
     let width = heads * 2 * half;
+    assert!(cos.len() * 2 * heads == x.len() && cos.len() == sin.len(), "angles for every token");
     let tables = cos.par_chunks(TASK * half).zip(sin.par_chunks(TASK * half));
     x.pieces(TASK * width).zip(tables).for_each(|(x, (cos, sin))| {
         widest(|| {

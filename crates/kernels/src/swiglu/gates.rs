@@ -10,7 +10,11 @@ use crate::rewritten::Rewritten;
 const TASK: usize = 16 << 10;
 
 /// `silu(gate) * up` in place of `gate`.
+///
+/// # Panics
+/// Where there are not as many of both.
 pub fn forward(gate: Rewritten, up: &[f32]) {
+    assert_eq!(gate.len(), up.len(), "as many gates as numbers to gate");
     gate.pieces(TASK).zip(up.par_chunks(TASK)).for_each(|(gate, up)| {
         widest(|| {
             for (gate, up) in gate.iter_mut().zip(up) {

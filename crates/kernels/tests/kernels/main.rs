@@ -12,4 +12,3 @@ mod frozen_products;
 mod lent;
 mod reference;
 mod rotary;
-mod timing;

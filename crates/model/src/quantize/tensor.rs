@@ -79,7 +79,7 @@ impl QuantizedTensor {
         match self.kept {
             Kept::Dense(dtype) => sink(&self.name, &host.cast(dtype).bytes),
             Kept::Nf4(shape, source) => {
-                let parts = quantize_nf4(&self.finite(base, host)?, true);
+                let parts = quantize_nf4(&self.finite(base, &host)?, true);
                 let json = state_json(shape, source, &parts.scales)?;
                 if let Nf4Scales::Double { absmax, nested_absmax, .. } = &parts.scales {
                     sink(&format!("{}{NESTED_ABSMAX}", self.name), nested_absmax)?;
@@ -89,7 +89,7 @@ impl QuantizedTensor {
                 sink(&format!("{}{QUANT_STATE}", self.name), &json)
             }
             Kept::Int8([rows, _]) => {
-                let (codes, scales) = quantize_int8(&self.finite(base, host)?, rows);
+                let (codes, scales) = quantize_int8(&self.finite(base, &host)?, rows);
                 sink(&format!("{}{SCB}", self.module()), &scales)?;
                 sink(&self.name, &codes)
             }
@@ -101,7 +101,7 @@ impl QuantizedTensor {
     }
 
     /// The numbers, all of them finite: one that is not would spoil its whole block.
-    fn finite(&self, base: &Path, host: HostTensor) -> Result<Vec<f32>, ModelError> {
+    fn finite(&self, base: &Path, host: &HostTensor) -> Result<Vec<f32>, ModelError> {
         let values = host.to_f32();
         let Some(at) = values.iter().position(|x| !x.is_finite()) else { return Ok(values) };
         let problem = format!("{}: expected finite numbers, found {} at {at}", self.name, values[at]);
