@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 bitsandbytes = pytest.importorskip(
-    "bitsandbytes", reason="bitsandbytes is not installed: delete target/peers/stamp and run scripts/peers"
+    "bitsandbytes", reason="bitsandbytes is not installed: scripts/peers installs it where it has a wheel"
 )
 
 RECIPE = """\

@@ -189,7 +189,6 @@ fn loads(library: &str) -> bool {
 macro_rules! finder {
     ($name:ident, $feature:literal, $devices:expr) => {
         #[cfg(feature = $feature)]
-
         fn $name() -> Vec<Device> {
             $devices
         }

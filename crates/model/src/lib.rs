@@ -3,8 +3,8 @@
 //! A [`Base`] is what lies on the disk: a Hugging Face directory or a GGUF file, opened and
 //! checked against its own configuration. A [`Decoder`] is that base on a device: an embedding,
 //! blocks, a norm, a head. Blocks are plain values with a plain `forward`, so that training can
-//! run them one at a time, forwards and backwards. A [`CheckpointWriter`] writes a new one, which
-//! [`synthesize`] fills with random weights.
+//! run them one at a time, forwards and backwards. [`quantized()`] keeps a base in fewer bits. A
+//! [`CheckpointWriter`] writes a new one, which [`synthesize`] fills with random weights.
 
 mod base;
 mod bitsandbytes;

@@ -20,6 +20,15 @@ pub struct LoadConfig {
     pub weights: Residency,
 }
 
+impl LoadConfig {
+    /// Whether wider floats become bf16 once, at load, rather than at every product.
+    fn rounds_at_load(self) -> bool {
+        self.weights == Residency::Resident
+            && self.precision == Precision::Bf16
+            && Precision::fastest() == Precision::Bf16
+    }
+}
+
 impl Default for LoadConfig {
     fn default() -> Self {
         Self { precision: Precision::F32, weights: Residency::Resident }
@@ -48,7 +57,7 @@ pub struct WeightBytes {
 impl WeightBytes {
     /// As `base` keeps them, or with the linear layers of its blocks in `format`. Nothing is read
     /// beyond headers.
-    pub fn of(base: &Base, residency: Residency, format: Option<Format>) -> Result<Self, ModelError> {
+    pub fn of(base: &Base, config: LoadConfig, format: Option<Format>) -> Result<Self, ModelError> {
         let (mut blocks, mut rest) = (vec![0; base.config.num_hidden_layers], 0);
         let head =
             if base.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
@@ -56,7 +65,13 @@ impl WeightBytes {
             let block = (0..blocks.len()).find(|&layer| name.starts_with(&block_prefix(layer)));
             let bytes = match (&shape[..], format.filter(|_| block.is_some())) {
                 (&[rows, cols], Some(format)) => format.bytes_for(rows, cols) as u64,
-                ([_, _], None) => base.matrix(&name)?.byte_len() as u64,
+                (&[rows, cols], None) => {
+                    let matrix = base.matrix(&name)?;
+                    let rounded =
+                        config.rounds_at_load() && block.is_some() && matrix.format() == Format::F32;
+                    let bytes = if rounded { Format::Bf16.bytes_for(rows, cols) } else { matrix.byte_len() };
+                    bytes as u64
+                }
                 _ => 4 * shape.iter().product::<usize>() as u64,
             };
             match block {
@@ -66,7 +81,7 @@ impl WeightBytes {
                 None => {}
             }
         }
-        Ok(match residency {
+        Ok(match config.weights {
             Residency::Resident => Self { resident: blocks.iter().sum::<u64>() + rest, streamed_head: 0 },
             Residency::Streamed => {
                 Self { resident: blocks.into_iter().max().unwrap_or(0), streamed_head: rest }
@@ -127,6 +142,11 @@ impl Loader<'_> {
 
     fn lora_linear(&mut self, name: String, bias: bool) -> Result<LoraLinear, ModelError> {
         let weight = self.matrix(&format!("{name}.weight"))?;
+        let weight = if self.config.rounds_at_load() && computes_on_host(self.device) {
+            Arc::new(Arc::unwrap_or_clone(weight).rounded_to_bf16())
+        } else {
+            weight
+        };
         let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
         let linear = match self.config.weights {
             Residency::Resident => self.linear(weight, bias),

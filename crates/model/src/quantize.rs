@@ -21,8 +21,10 @@ use crate::bitsandbytes::{QUANTIZATION_CONFIG, quantization_config};
 use crate::mapped::Pages;
 use crate::{Base, ModelError, ShardSpec, Staging, WeightsWriter};
 use key::Key;
-use stream::QuantizedStream;
-use tensor::QuantizedTensor;
+
+// Whoever writes a quantized checkpoint of something else than a base needs no more than these.
+pub(crate) use stream::QuantizedStream;
+pub(crate) use tensor::QuantizedTensor;
 
 /// Bytes of a file at most, as transformers splits them.
 const SHARD_BYTES: usize = 5_000_000_000;

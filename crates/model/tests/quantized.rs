@@ -479,25 +479,3 @@ fn other_quantizations_are_refused_by_name() {
         assert_tells(&Base::open(&path).unwrap_err(), &words);
     }
 }
-
-#[test]
-#[ignore = "temporary"]
-fn timing() {
-    let dir = TempDir::new_in("/tmp/q").unwrap();
-    let base = Base::open(Path::new(&std::env::var("TIMED").unwrap())).unwrap();
-    for scheme in Scheme::ALL {
-        for _ in 0..3 {
-            let begin = std::time::Instant::now();
-            let found = quantize(&base, scheme, dir.path());
-            println!("{scheme} {:?} {:?}", found.origin, begin.elapsed());
-        }
-    }
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    println!(
-        "{:?}",
-        status
-            .lines()
-            .filter(|l| l.starts_with("VmHWM") || l.starts_with("Rss") || l.starts_with("VmRSS"))
-            .collect::<Vec<_>>()
-    );
-}

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use miette::{IntoDiagnostic, Result, miette};
 use pronk_data::{PackedBatch, PreparedDataset};
 use pronk_kernels::{Format, FrozenMatrix, Precision};
-use pronk_model::{Residency, WeightBytes};
+use pronk_model::{LoadConfig, Residency, WeightBytes};
 use pronk_train::{Footprint, Plan, Recompute, Shapes, Workload, available_memory_bytes};
 
 use super::prep;
@@ -218,7 +218,8 @@ fn shapes(recipe: &Recipe, opened: &OpenedBase, quantize: Quantize, weights: Res
         Quantize::Nf4 => Some(Format::Nf4),
         Quantize::Int8 => Some(Format::Int8),
     };
-    let bytes = WeightBytes::of(&opened.base, weights, format).into_diagnostic()?;
+    let config = LoadConfig { weights, ..recipe.base.load_config() };
+    let bytes = WeightBytes::of(&opened.base, config, format).into_diagnostic()?;
     Shapes::new(&opened.base.config, bytes, &recipe.lora.config).into_diagnostic()
 }
 

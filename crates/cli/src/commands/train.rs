@@ -55,7 +55,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let samples = Samples::new(sample_prompts(&recipe, &data, &opened.tokenizer)?, SAMPLE_TOKENS);
     let mut trainer = Trainer::new(
         &decoder,
-        WeightBytes::of(&opened.base, recipe.base.weights, None).into_diagnostic()?,
+        WeightBytes::of(&opened.base, recipe.base.load_config(), None).into_diagnostic()?,
         &opened.tokenizer,
         &data,
         recipe.data.order,

@@ -92,17 +92,6 @@ impl Multiplier {
         }
     }
 
-    /// The nearest bf16 of two rows, as the pairs of one row of a right tile.
-    pub(super) fn round_pairs(&self, even: &[f32; SIDE], odd: &[f32; SIDE], out: &mut [u16; DEPTH]) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: whichever unit was detected, avx512bf16 was.
-        unsafe {
-            avx512::round_pairs(even, odd, out);
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("no unit is ever detected here: {even:?} {odd:?} {out:?}");
-    }
-
     /// `sums = left * right`, added to what is there unless `fresh`, where `sums` is 32 x 32 in rows
     /// that lie `stride` numbers apart.
     ///
@@ -128,7 +117,7 @@ impl Multiplier {
 }
 
 /// The nearest bf16, halves to even. NaN stays NaN.
-fn round(x: f32) -> u16 {
+pub(super) fn round(x: f32) -> u16 {
     let bits = x.to_bits();
     if x.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
 }
@@ -262,9 +251,8 @@ mod amx {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512bh, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_dpbf16_ps,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-        _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+        __m512bh, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512,
     };
     use std::mem::transmute;
 
@@ -280,17 +268,6 @@ mod avx512 {
             let low = _mm512_loadu_ps(numbers.as_ptr());
             let high = _mm512_loadu_ps(numbers.as_ptr().add(SIDE));
             _mm512_storeu_si512(out.as_mut_ptr().cast(), transmute(_mm512_cvtne2ps_pbh(high, low)));
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) fn round_pairs(even: &[f32; SIDE], odd: &[f32; SIDE], out: &mut [u16; DEPTH]) {
-        // SAFETY: a register of 16 numbers is read twice, one of 32 is written.
-        unsafe {
-            let low = _mm512_cvtepu16_epi32(transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(even.as_ptr()))));
-            let high = _mm512_cvtepu16_epi32(transmute(_mm512_cvtneps_pbh(_mm512_loadu_ps(odd.as_ptr()))));
-            let pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
         }
     }
 

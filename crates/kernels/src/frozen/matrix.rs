@@ -1,7 +1,9 @@
 use std::ops::Range;
 
 use bytes::Bytes;
+use rayon::prelude::*;
 
+use super::bf16_tiles::round;
 use super::nf4::Nf4Parts;
 use super::{Format, FrozenError, dense, ggml, int8};
 
@@ -160,6 +162,39 @@ impl FrozenMatrix {
                 int8::dequantize(&codes[first..][..cols.len()], scale, out);
             }
         }
+    }
+
+    /// The same matrix with its numbers rounded to bf16, where it holds wider floats: half the memory
+    /// of float32, and what products in bf16 round it to anyway.
+    #[must_use]
+    pub fn rounded_to_bf16(self) -> Self {
+        let [rows, cols] = self.shape;
+        if !matches!(self.format, Format::F32 | Format::F16) {
+            return self;
+        }
+        let mut values = vec![0; Format::Bf16.bytes_for(rows, cols)];
+        values.par_chunks_mut(2 * cols.max(1)).enumerate().for_each_init(
+            || vec![0.0; cols],
+            |numbers, (row, out)| {
+                self.dequantize(row, 0..cols, numbers);
+                let (halves, _) = out.as_chunks_mut::<2>();
+                for (half, &x) in halves.iter_mut().zip(&*numbers) {
+                    *half = round(x).to_le_bytes();
+                }
+            },
+        );
+        let values = Values::Whole(Bytes::from(values));
+        Self { format: Format::Bf16, shape: self.shape, values, interleaved: None }
+    }
+
+    /// The bytes of columns `cols` of `row`, where the matrix holds bf16.
+    pub(super) fn bf16(&self, row: usize, cols: Range<usize>) -> Option<&[[u8; 2]]> {
+        let Values::Whole(bytes) = &self.values else { return None };
+        if self.format != Format::Bf16 {
+            return None;
+        }
+        let first = self.row_in_memory(row) * self.shape[1];
+        bytes.as_chunks().0.get(first + cols.start..first + cols.end)
     }
 
     /// Where row `row` lies: `i + half * head_dim / 2` of a head lies at `2 * i + half` of it.

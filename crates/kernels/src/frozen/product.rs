@@ -108,16 +108,33 @@ impl FrozenMatrix {
         }
         TensorData::new(values, [ids.len(), cols])
     }
+}
 
-    /// Numbers `cols` of `row`, with zeros behind the row's end.
-    fn dequantize_padded(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {
-        let [rows, width] = self.shape();
-        let end = if row < rows { cols.end.min(width) } else { cols.start };
-        let (numbers, rest) = out.split_at_mut(end - cols.start);
-        if !numbers.is_empty() {
-            self.dequantize(row, cols.start..end, numbers);
+/// Numbers `cols` of `row` in bf16, with zeros behind the row's end and the last row: as they are
+/// where the matrix holds bf16, otherwise dequantized into `numbers` first.
+fn rounded_row(
+    w: &FrozenMatrix,
+    multiplier: &Multiplier,
+    row: usize,
+    cols: Range<usize>,
+    numbers: &mut [f32],
+    out: &mut [u16],
+) {
+    let [rows, width] = w.shape();
+    let end = if row < rows { cols.end.min(width) } else { cols.start };
+    let (here, beyond) = out.split_at_mut(end - cols.start);
+    beyond.fill(0);
+    if here.is_empty() {
+        return;
+    }
+    if let Some(halves) = w.bf16(row, cols.start..end) {
+        for (out, half) in here.iter_mut().zip(halves) {
+            *out = u16::from_le_bytes(*half);
         }
-        rest.fill(0.0);
+    } else {
+        let numbers = &mut numbers[..here.len()];
+        w.dequantize(row, cols.start..end, numbers);
+        multiplier.round(numbers, here);
     }
 }
 
@@ -352,18 +369,19 @@ fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: Columns) {
     let [rows, cols] = w.shape();
     let tokens = x.len() / cols;
     let right = Packed::pairs_along_rows(unit, x, cols, FORWARD_DEPTH);
-    let sizes = (right.strips * SIDE * ROWS, ROWS * FORWARD_DEPTH, FORWARD_DEPTH);
+    let sizes = (right.strips * SIDE * ROWS, (ROWS + 1) * FORWARD_DEPTH, FORWARD_DEPTH);
     (0..rows.div_ceil(ROWS)).into_par_iter().for_each(|task| {
-        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles: left, numbers }| {
+        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
+            let (row, left) = tiles.split_at_mut(FORWARD_DEPTH);
             let multiplier = Multiplier::new(unit);
             for (pass, start) in (0..cols).step_by(FORWARD_DEPTH).enumerate() {
                 let depth = right.depth(pass);
                 for r in 0..ROWS {
-                    let numbers = &mut numbers[..depth];
-                    w.dequantize_padded(task * ROWS + r, start..start + depth, numbers);
+                    let row = &mut row[..depth];
+                    rounded_row(w, &multiplier, task * ROWS + r, start..start + depth, numbers, row);
                     let strip = &mut left[r / SIDE * SIDE * depth..];
-                    for (tile, numbers) in numbers.chunks_exact(DEPTH).enumerate() {
-                        multiplier.round(numbers, &mut strip[tile * TILE + r % SIDE * DEPTH..][..DEPTH]);
+                    for (tile, row) in row.chunks_exact(DEPTH).enumerate() {
+                        strip[tile * TILE + r % SIDE * DEPTH..][..DEPTH].copy_from_slice(row);
                     }
                 }
                 for block in 0..right.strips / 2 {
@@ -397,25 +415,26 @@ fn backward_bf16(w: &FrozenMatrix, unit: Bf16Unit, dy: &[f32], dx: Columns) {
     let tokens = dy.len() / rows;
     let left = Packed::rows(unit, dy, rows, BACKWARD_DEPTH);
     let columns = columns_a_task(w);
-    let sizes = (left.strips * SIDE * columns, columns * BACKWARD_DEPTH, 2 * columns);
+    let sizes = (left.strips * SIDE * columns, columns * (BACKWARD_DEPTH + 2), columns);
     (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
-        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles: right, numbers }| {
-            let (even, odd) = numbers.split_at_mut(columns);
+        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
+            let (rows_at_hand, right) = tiles.split_at_mut(2 * columns);
+            let (even, odd) = rows_at_hand.split_at_mut(columns);
             let multiplier = Multiplier::new(unit);
             let here = task * columns..cols.min((task + 1) * columns);
             let width = here.len().next_multiple_of(BLOCK);
-            sums.fill(0.0);
             for (pass, start) in (0..rows).step_by(BACKWARD_DEPTH).enumerate() {
                 let depth = left.depth(pass);
                 for pair in 0..depth / 2 {
-                    let row = start + 2 * pair;
-                    w.dequantize_padded(row, here.start..here.start + width, &mut even[..width]);
-                    w.dequantize_padded(row + 1, here.start..here.start + width, &mut odd[..width]);
-                    let at = pair / SIDE * TILE + pair % SIDE * DEPTH;
-                    let rows = even[..width].as_chunks().0.iter().zip(odd[..width].as_chunks().0);
-                    for ((even, odd), strip) in rows.zip(right.chunks_exact_mut(SIDE * depth)) {
-                        if let Some(pairs) = strip[at..].first_chunk_mut() {
-                            multiplier.round_pairs(even, odd, pairs);
+                    let (row, at) = (start + 2 * pair, pair / SIDE * TILE + pair % SIDE * DEPTH);
+                    let (even, odd) = (&mut even[..width], &mut odd[..width]);
+                    rounded_row(w, &multiplier, row, here.start..here.start + width, numbers, even);
+                    rounded_row(w, &multiplier, row + 1, here.start..here.start + width, numbers, odd);
+                    let sixteens = even.as_chunks::<SIDE>().0.iter().zip(odd.as_chunks::<SIDE>().0);
+                    for ((even, odd), strip) in sixteens.zip(right.chunks_exact_mut(SIDE * depth)) {
+                        let (pairs, _) = strip[at..][..DEPTH].as_chunks_mut::<2>();
+                        for ((pair, &even), &odd) in pairs.iter_mut().zip(even).zip(odd) {
+                            *pair = [even, odd];
                         }
                     }
                 }
