@@ -1,9 +1,35 @@
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{Int, Tensor, TensorData};
+use rayon::prelude::*;
 
 use crate::FrozenLinear;
+use crate::exp::exp;
+use crate::frozen::wide::widest;
+use crate::host::{Host, lends};
 
 /// Logits alive at a time, 32 MB of them: 256 rows at a vocabulary of 32,000.
 const LOGITS: usize = 8 << 20;
+
+/// `e^x` of what is at most 0. On the host in vectors, and in the same memory.
+fn exponentials(x: Tensor<2>) -> Tensor<2> {
+    if lends(&x) { Tensor::from_dispatch(Dispatch::exponentials(x.into_dispatch())) } else { x.exp() }
+}
+
+/// The operation, for backends that lend their numbers. Nothing is ever recorded here.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"))]
+pub trait Exponentials: Backend {
+    /// `e^x`
+    fn exponentials(x: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+impl<B: Host> Exponentials for B {
+    fn exponentials(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        const PIECE: usize = 1 << 14;
+        let replace = |piece: &mut [f32]| widest(|| piece.iter_mut().for_each(|x| *x = exp(*x)));
+        B::rewrite(B::contiguous(x), |x| x.pieces(PIECE).for_each(replace)).0
+    }
+}
 
 /// How many rows of logits are alive at a time.
 pub fn logit_rows(vocab_size: usize) -> usize {
@@ -44,7 +70,7 @@ pub fn cross_entropy(
         let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [chunk.len(), 1]), &device);
         let target_logits = logits.clone().gather(1, ids);
         let top = logits.clone().max_dim(1);
-        let weights = (logits - top.clone()).exp();
+        let weights = exponentials(logits - top.clone());
         let total = weights.clone().sum_dim(1); // [rows, 1]
         sum = sum + (total.clone().log() + top - target_logits).sum();
         if with_gradient {

@@ -64,7 +64,7 @@ impl Decoder {
             streamed: (config.weights == Residency::Streamed).then(|| loader.streamed(layers)),
             embed_tokens,
             norm,
-            lm_head: loader.linear(head, None),
+            lm_head: loader.head(head),
             rotary: rotary(&base.config),
             device: device.clone(),
         })

@@ -9,6 +9,7 @@ use pronk_lora::LoraLinear;
 
 use crate::config::block_prefix;
 use crate::decoder::Streamed;
+use crate::mapped::Pages;
 use crate::{Base, Block, ModelError};
 
 /// How a decoder holds its weights and multiplies with them.
@@ -120,6 +121,19 @@ impl Loader<'_> {
         if computes_on_host(self.device) { linear } else { linear.on_device(self.device) }
     }
 
+    /// The output projection. Where it is tied to the embeddings, these stay as they are.
+    pub fn head(&self, weight: Arc<FrozenMatrix>) -> FrozenLinear {
+        self.linear(self.rounded(weight), None)
+    }
+
+    fn rounded(&self, weight: Arc<FrozenMatrix>) -> Arc<FrozenMatrix> {
+        if self.config.rounds_at_load() && computes_on_host(self.device) {
+            Arc::new(Arc::unwrap_or_clone(weight).rounded_to_bf16())
+        } else {
+            weight
+        }
+    }
+
     pub fn block(&mut self, layer: usize) -> Result<Block, ModelError> {
         let config = &self.base.config;
         let prefix = block_prefix(layer);
@@ -142,11 +156,11 @@ impl Loader<'_> {
 
     fn lora_linear(&mut self, name: String, bias: bool) -> Result<LoraLinear, ModelError> {
         let weight = self.matrix(&format!("{name}.weight"))?;
-        let weight = if self.config.rounds_at_load() && computes_on_host(self.device) {
-            Arc::new(Arc::unwrap_or_clone(weight).rounded_to_bf16())
-        } else {
-            weight
-        };
+        let format = weight.format();
+        let weight = self.rounded(weight);
+        if weight.format() != format {
+            self.base.pages(&format!("{name}.weight")).iter().for_each(Pages::release);
+        }
         let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
         let linear = match self.config.weights {
             Residency::Resident => self.linear(weight, bias),

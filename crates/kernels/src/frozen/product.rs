@@ -5,7 +5,7 @@
 //! in both precisions. Work is divided over the outputs, so results do not depend on the number of
 //! threads.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 use burn::tensor::TensorData;
@@ -380,8 +380,9 @@ fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: Columns) {
                     let row = &mut row[..depth];
                     rounded_row(w, &multiplier, task * ROWS + r, start..start + depth, numbers, row);
                     let strip = &mut left[r / SIDE * SIDE * depth..];
-                    for (tile, row) in row.chunks_exact(DEPTH).enumerate() {
-                        strip[tile * TILE + r % SIDE * DEPTH..][..DEPTH].copy_from_slice(row);
+                    let tiles = strip.as_chunks_mut::<TILE>().0.iter_mut();
+                    for (tile, numbers) in tiles.zip(row.as_chunks::<DEPTH>().0) {
+                        tile.as_chunks_mut::<DEPTH>().0[r % SIDE] = *numbers;
                     }
                 }
                 for block in 0..right.strips / 2 {
@@ -468,6 +469,17 @@ fn columns_a_task(w: &FrozenMatrix) -> usize {
     if cols >= 8 * COLUMNS { COLUMNS } else { w.column_step().max(2 * BLOCK) }
 }
 
+thread_local! {
+    /// Memory that an earlier product packed its activations in.
+    static PACKED: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
+}
+
+impl Drop for Packed {
+    fn drop(&mut self) {
+        PACKED.set(std::mem::take(&mut self.values));
+    }
+}
+
 /// Activations in bf16, in strips of 16 tokens, cut along the summed dimension into passes.
 struct Packed {
     values: Vec<u16>,
@@ -483,15 +495,16 @@ impl Packed {
     /// Left tiles: rows of the activations, `[tokens, width]`.
     fn rows(unit: Bf16Unit, x: &[f32], width: usize, pass: usize) -> Self {
         Self::pack(unit, x, width, pass, |token, numbers, tile| {
-            tile[token * DEPTH..][..DEPTH].copy_from_slice(numbers);
+            tile.as_chunks_mut::<DEPTH>().0[token] = *numbers;
         })
     }
 
     /// Right tiles: pairs along the rows of the activations, so that these come out transposed.
     fn pairs_along_rows(unit: Bf16Unit, x: &[f32], width: usize, pass: usize) -> Self {
         Self::pack(unit, x, width, pass, |token, numbers, tile| {
-            for (pair, two) in numbers.as_chunks::<2>().0.iter().enumerate() {
-                tile[pair * DEPTH + 2 * token..][..2].copy_from_slice(two);
+            let (pairs, _) = tile.as_chunks_mut::<2>();
+            for (pair, two) in pairs.iter_mut().skip(token).step_by(SIDE).zip(numbers.as_chunks::<2>().0) {
+                *pair = *two;
             }
         })
     }
@@ -502,22 +515,28 @@ impl Packed {
         x: &[f32],
         width: usize,
         pass: usize,
-        place: impl Fn(usize, &[u16; DEPTH], &mut [u16]) + Sync,
+        place: impl Fn(usize, &[u16; DEPTH], &mut [u16; TILE]) + Sync,
     ) -> Self {
         let tokens = x.len() / width;
         let strips = tokens.next_multiple_of(BLOCK) / SIDE;
         let depth = width.next_multiple_of(DEPTH);
-        let mut values = vec![0; strips * SIDE * depth];
-        for (i, values) in values.chunks_mut(strips * SIDE * pass).enumerate() {
+        let mut values = PACKED.take();
+        let needed = strips * SIDE * depth;
+        values.resize(needed.max(values.len()), 0);
+        for (i, values) in values[..needed].chunks_mut(strips * SIDE * pass).enumerate() {
             let deep = values.len() / (strips * SIDE);
             let columns = i * pass..width.min(i * pass + deep);
             values.par_chunks_exact_mut(SIDE * deep).enumerate().for_each(|(strip, values)| {
                 let multiplier = Multiplier::new(unit);
-                for token in 0..SIDE.min(tokens.saturating_sub(strip * SIDE)) {
-                    let row = &x[(strip * SIDE + token) * width..][columns.clone()];
-                    for (numbers, tile) in row.chunks(DEPTH).zip(values.chunks_exact_mut(TILE)) {
+                for token in 0..SIDE {
+                    // Behind the last token, and behind a row's end, there are zeros.
+                    let row = x.chunks_exact(width).nth(strip * SIDE + token);
+                    let mut numbers = row.map_or(&[][..], |row| &row[columns.clone()]).chunks(DEPTH);
+                    for tile in values.as_chunks_mut::<TILE>().0 {
                         let mut rounded = [0; DEPTH];
-                        multiplier.round(numbers, &mut rounded[..numbers.len()]);
+                        if let Some(numbers) = numbers.next() {
+                            multiplier.round(numbers, &mut rounded[..numbers.len()]);
+                        }
                         place(token, &rounded, tile);
                     }
                 }
