@@ -48,7 +48,7 @@ def encode(record: dict, tokenizer, cutoff: int) -> Example:
 
 def load_model(a: argparse.Namespace):
     torch.manual_seed(a.seed)
-    model = AutoModelForCausalLM.from_pretrained(a.base, dtype=torch.float32).to(a.device)
+    model = AutoModelForCausalLM.from_pretrained(a.base, dtype=getattr(torch, a.dtype)).to(a.device)
     if a.init_adapter:
         model = PeftModel.from_pretrained(model, a.init_adapter, is_trainable=True)
     else:
@@ -109,6 +109,8 @@ def main() -> None:
     p.add_argument("--init-adapter", metavar="DIR", help="start from this adapter")
     p.add_argument("--save-init", metavar="DIR", help="write the adapter as it is before the first step")
     p.add_argument("--save", metavar="DIR", help="write the trained adapter")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base")
+    p.add_argument("--group-by-length", action="store_true", help="longest records first, instead of the file's order")
     p.add_argument("--gradient-checkpointing", action="store_true")
     p.add_argument("--device", default="cpu")
     a = p.parse_args()
@@ -120,6 +122,8 @@ def main() -> None:
     if len(records) < a.steps * a.batch_size:
         raise SystemExit(f"peft_train: {a.data} has {len(records)} records; {a.steps * a.batch_size} are needed")
     examples = [encode(record, tokenizer, a.cutoff) for record in records]
+    if a.group_by_length:
+        examples.sort(key=lambda e: -len(e.ids))
 
     model = load_model(a)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

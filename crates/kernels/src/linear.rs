@@ -12,6 +12,7 @@ pub struct FrozenLinear {
 }
 
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // a few hundred in all
 enum Weight {
     /// On the device, `[out, in]`.
     Device(Tensor<2>),

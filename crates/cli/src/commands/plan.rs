@@ -55,7 +55,7 @@ pub fn run(args: &args::Plan) -> Result<()> {
     }
     match &outlook.budget {
         Some((budget, whose)) if outlook.footprint.peak() > *budget => {
-            print(&outlook.advice(&recipe, &opened)?);
+            print(&outlook.advice(&recipe, &opened));
             Err(miette!("{} do not fit in {whose}, {}", size(outlook.footprint.peak()), size(*budget)))
         }
         _ => Ok(()),
@@ -188,7 +188,7 @@ impl Outlook {
     }
 
     /// Changes that make it smaller, with what each would come to.
-    fn advice(&self, recipe: &Recipe, opened: &OpenedBase) -> Result<String> {
+    fn advice(&self, recipe: &Recipe, opened: &OpenedBase) -> String {
         let mut text = String::from("\nwhat to change:\n");
         let here = (recipe.base.quantize, recipe.base.weights);
         let changes = [
@@ -208,7 +208,7 @@ impl Outlook {
             let _ = writeln!(text, "{:<38}{:>12}", "train.recompute = \"blocks\"", size(peak));
         }
         let _ = writeln!(text, "or a smaller train.micro_batch_size or data.max_seq_len");
-        Ok(text)
+        text
     }
 }
 

@@ -75,6 +75,7 @@ impl Multiplier {
     }
 
     /// The nearest bf16 of each of `numbers`, halves to even.
+    #[allow(clippy::unused_self)] // a multiplier is the proof that the instruction is there
     pub(super) fn round(&self, numbers: &[f32], out: &mut [u16]) {
         let (blocks, rest) = numbers.as_chunks::<DEPTH>();
         let (out_blocks, out_rest) = out.as_chunks_mut::<DEPTH>();
@@ -251,7 +252,7 @@ mod amx {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512bh, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+        __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512,
         _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512,
     };
     use std::mem::transmute;
@@ -267,7 +268,8 @@ mod avx512 {
         unsafe {
             let low = _mm512_loadu_ps(numbers.as_ptr());
             let high = _mm512_loadu_ps(numbers.as_ptr().add(SIDE));
-            _mm512_storeu_si512(out.as_mut_ptr().cast(), transmute(_mm512_cvtne2ps_pbh(high, low)));
+            let halves: __m512i = transmute(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), halves);
         }
     }
 
@@ -300,6 +302,7 @@ mod avx512 {
                         let right0: __m512bh = transmute(_mm512_loadu_si512(b0.add(at).cast()));
                         let right1: __m512bh = transmute(_mm512_loadu_si512(b1.add(at).cast()));
                         for r in 0..ROWS {
+                            #[allow(clippy::cast_ptr_alignment)] // it is read unaligned
                             let factor = a.add(tile * TILE + r * DEPTH + pair * 2).cast::<i32>();
                             let left: __m512bh = transmute(_mm512_set1_epi32(factor.read_unaligned()));
                             low[r] = _mm512_dpbf16_ps(low[r], left, right0);
@@ -317,6 +320,7 @@ mod avx512 {
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]
+#[allow(clippy::float_cmp)] // small whole numbers, exact in every format
 mod tests {
     use super::*;
 

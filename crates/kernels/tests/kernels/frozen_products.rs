@@ -18,7 +18,7 @@ fn matrices() -> Vec<FrozenMatrix> {
     let mut all = Vec::new();
     for [rows, cols] in [[1, 1], [7, 33], [64, 64], [65, 130], [130, 600], [300, 257]] {
         let values: Vec<f32> = numbers(rows * cols, 7).into_iter().map(|x| x as f32).collect();
-        let floats = |bytes: fn(f32) -> Vec<u8>| Bytes::from_iter(values.iter().flat_map(|&x| bytes(x)));
+        let floats = |bytes: fn(f32) -> Vec<u8>| values.iter().flat_map(|&x| bytes(x)).collect::<Bytes>();
         let dense = |format, bytes| FrozenMatrix::dense(format, [rows, cols], bytes).unwrap();
         all.push(dense(Format::F32, floats(|x| x.to_le_bytes().to_vec())));
         all.push(dense(Format::Bf16, floats(|x| bf16::from_f32(x).to_le_bytes().to_vec())));
