@@ -310,6 +310,8 @@ fn knobs_out_of_range() {
         ("train.recompute=all", "train.recompute: expected one of `auto`, `none`, `blocks`"),
         ("base.quantize=int4", "base.quantize: expected one of `none`, `nf4`, `int8`, found \"int4\""),
         ("base.quantize=true", "base.quantize: expected"),
+        ("base.weights=floating", "base.weights: expected `resident` or `streamed`"),
+        ("train.memory_budget=much", "train.memory_budget: "),
         ("lora.rank=0", "lora.rank: expected a whole number from 1, found 0"),
         ("lora.dropout=1", "lora.dropout"),
         ("data.max_seq_len=1", "data.max_seq_len: expected a whole number from 2, found 1"),
@@ -322,6 +324,20 @@ fn knobs_out_of_range() {
     for (set, words) in cases {
         all_refuse(&shop, &[train_args("run", "cpu", &[set])], &[words]);
     }
+}
+
+/// Both before the first step, with the smallest budget that would do and what else would help.
+#[test]
+fn a_budget_too_small_for_one_block() {
+    let shop = Workshop::new();
+    let run = train_args("run", "cpu", &["train.memory_budget=1MB"]);
+    let words = ["train.memory_budget", "1.0 MB", "at least", "micro_batch_size", "streamed", "nf4"];
+    all_refuse(&shop, &[run], &words);
+    let plan = ["plan", "recipe.toml", "--set", "train.memory_budget=1MB"];
+    let run = shop.pronk(plan).fails(&["do not fit in train.memory_budget"]);
+    assert!(run.out.contains("what to change") && run.out.contains("streamed"), "{}", run.out);
+    shop.pronk(["plan", "recipe.toml", "--gpu", "rtx9999"]).fails(&["rtx9999", "rtx4090"]);
+    shop.pronk(["plan", "recipe.toml", "--price", "-1"]).fails(&["--price", "from 0"]);
 }
 
 #[test]

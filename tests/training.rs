@@ -162,12 +162,31 @@ fn recompute_changes_memory_and_nothing_else() {
     }
 }
 
+/// What is kept is chosen by memory, and where weights come from is: never what is computed.
+#[test]
+fn budgets_and_streaming_change_memory_and_nothing_else() {
+    for device in devices() {
+        let shop = Workshop::new();
+        let ways: [(&str, &[&str]); 4] = [
+            ("resident", &["base.quantize=nf4"]),
+            ("streamed", &["base.quantize=nf4", "base.weights=streamed"]),
+            ("all", &["base.quantize=nf4", "train.recompute=auto", "train.memory_budget=4GB"]),
+            ("none", &["base.quantize=nf4", "train.recompute=auto", "train.memory_budget=74MiB"]),
+        ];
+        for (run, set) in ways {
+            shop.train(run, device, set).succeeds();
+            assert_eq!(shop.timeless_metrics(run), shop.timeless_metrics("resident"), "{run} on {device}");
+            assert_eq!(shop.adapter(run), shop.adapter("resident"), "{run} on {device}");
+        }
+    }
+}
+
 #[test]
 fn micro_batches_change_memory_and_nothing_else() {
     for device in devices() {
         let shop = Workshop::new();
-        shop.train("one", device, &["train.micro_batch_size=1"]).succeeds();
-        shop.train("four", device, &["train.micro_batch_size=4"]).succeeds();
+        shop.train("one", device, &["train.micro_batch_size=1", "base.compute=f32"]).succeeds();
+        shop.train("four", device, &["train.micro_batch_size=4", "base.compute=f32"]).succeeds();
         for (one, four) in shop.losses("one").iter().zip(shop.losses("four")) {
             assert!((one - four).abs() < 1e-5 * one, "{one} {four}");
         }

@@ -64,9 +64,10 @@ pub enum TrainError {
     },
     /// A budget that not even the smallest share of a run fits in.
     #[error(
-        "train.memory_budget: {budget} is too small: a micro-batch of {tokens} tokens takes at least {least}. Expected \
+        "train.memory_budget: {} is too small: a micro-batch of {tokens} tokens takes at least {}. Expected \
          that much, or a smaller train.micro_batch_size or data.max_seq_len, base.weights = \"streamed\", or \
-         base.quantize = \"nf4\""
+         base.quantize = \"nf4\"",
+        .budget.display().si(), .least.display().si()
     )]
     Budget {
         /// What there is.

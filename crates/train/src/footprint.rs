@@ -29,6 +29,8 @@ pub struct Workload {
 pub struct Footprint {
     /// The base: all of it, or the block at hand where it is streamed.
     pub weights: u64,
+    /// Whether the weights are gone while there are logits.
+    pub streamed: bool,
     /// Both factors of every adapted layer.
     pub adapter: u64,
     /// Gradients and both of `AdamW`'s moments.
@@ -48,8 +50,10 @@ pub struct Footprint {
 impl Footprint {
     /// At the worst moment: blocks and logits never need their memory at once.
     pub fn peak(&self) -> u64 {
-        let always = self.weights + self.adapter + self.optimizer + self.saved_inputs + self.kept_graphs;
-        always + self.block_graph.max(self.logits) + self.program
+        let always = self.adapter + self.optimizer + self.saved_inputs + self.kept_graphs + self.program;
+        let in_a_block = self.weights + self.block_graph;
+        let at_the_end = self.logits + if self.streamed { 0 } else { self.weights };
+        always + in_a_block.max(at_the_end)
     }
 }
 
@@ -88,6 +92,7 @@ impl Shapes {
         let input = tokens * self.model.hidden_size as u64 * FLOAT;
         Footprint {
             weights: self.weights.resident,
+            streamed: self.weights.streamed_head > 0,
             adapter: numbers,
             optimizer: 3 * numbers,
             saved_inputs: (layers - kept) as u64 * input,

@@ -128,6 +128,7 @@ impl Outlook {
     fn table(&self, recipe: &Recipe) -> String {
         let Footprint {
             weights,
+            streamed,
             adapter,
             optimizer,
             saved_inputs,
@@ -136,7 +137,6 @@ impl Outlook {
             logits,
             program,
         } = self.footprint;
-        let streamed = recipe.base.weights == Residency::Streamed;
         let rows = [
             (if streamed { "weights (one block of them)" } else { "weights" }, weights),
             ("adapter", adapter),
