@@ -1,8 +1,10 @@
 //! Standard output and error as a person, or a pipe, reads them.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use miette::{GraphicalTheme, MietteHandlerOpts, Report, miette};
+use miette::{GraphicalTheme, IntoDiagnostic, MietteHandlerOpts, Report, Result, miette};
 
 /// Errors as one message with its causes; colours only on a terminal, lines never wrapped, so
 /// that they can be searched.
@@ -38,4 +40,19 @@ pub fn print(text: &str) {
 /// Whether standard output shows colours.
 pub fn stdout_has_colour() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+/// Set by the first Ctrl-C (or SIGTERM, or SIGHUP), which is answered with what happens now; a second
+/// one ends the process at once.
+pub fn stop_on_signal(what_happens: &'static str) -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if seen.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\n{what_happens}; press Ctrl-C again to stop at once");
+    })
+    .into_diagnostic()?;
+    Ok(stop)
 }

@@ -15,6 +15,7 @@ mod adamw;
 mod attention;
 mod cross_entropy;
 mod device;
+mod dot;
 mod exp;
 mod frozen;
 // Without a backend on the processor nobody lends anything.

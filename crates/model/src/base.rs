@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::bitsandbytes::stored_scheme;
 use crate::mapped::Pages;
 use crate::safetensors_files::SafetensorsFiles;
+use crate::weights_writer::{ShardSpec, TensorSpec};
 use crate::{DecoderConfig, GgufFile, HostTensor, ModelError, Scheme};
 
 /// A frozen base on the disk: opened, mapped, and checked against its configuration.
@@ -146,7 +147,18 @@ impl Base {
     pub fn shards(&self, shard_bytes: usize, bytes_per_number: usize) -> Vec<Shard> {
         match &self.weights {
             Weights::Safetensors(files) if !files.is_quantized() => files.shards(),
-            _ => split(self.shapes(), shard_bytes / bytes_per_number),
+            _ => {
+                let spec = |(name, shape)| TensorSpec { name, dtype: Dtype::F32, shape };
+                let tensors = self.shapes().into_iter().map(spec).collect();
+                let name = |tensor: TensorSpec| tensor.name;
+                ShardSpec::split(tensors, shard_bytes / bytes_per_number * size_of::<f32>())
+                    .into_iter()
+                    .map(|ShardSpec { file, tensors }| Shard {
+                        file,
+                        tensors: tensors.into_iter().map(name).collect(),
+                    })
+                    .collect()
+            }
         }
     }
 
@@ -218,27 +230,4 @@ impl Base {
 fn quantization_of(config: &[u8]) -> Option<Scheme> {
     let config: Map<String, Value> = serde_json::from_slice(config).ok()?;
     stored_scheme(&config).ok()?
-}
-
-/// Consecutive tensors, of about `limit` numbers a shard.
-fn split(shapes: BTreeMap<String, Vec<usize>>, limit: usize) -> Vec<Shard> {
-    let mut groups: Vec<Vec<String>> = vec![Vec::new()];
-    let mut numbers = 0;
-    for (name, shape) in shapes {
-        let n: usize = shape.iter().product();
-        if numbers > 0 && numbers + n > limit {
-            groups.push(Vec::new());
-            numbers = 0;
-        }
-        numbers += n;
-        if let Some(group) = groups.last_mut() {
-            group.push(name);
-        }
-    }
-    let count = groups.len();
-    let file = |i: usize| match count {
-        1 => "model.safetensors".to_owned(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
-    };
-    groups.into_iter().enumerate().map(|(i, tensors)| Shard { file: file(i), tensors }).collect()
 }

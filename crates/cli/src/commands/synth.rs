@@ -1,19 +1,19 @@
 use std::ops::ControlFlow;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use miette::{IntoDiagnostic, Result};
 use pronk_model::{ModelError, Shape, synthesize};
 
 use crate::args::Synth;
 use crate::progress;
-use crate::terminal::print;
+use crate::terminal::{print, stop_on_signal};
 
 /// `pronk synth`
 pub fn run(args: &Synth) -> Result<ExitCode> {
     let shape = Shape::named(&args.like).into_diagnostic()?;
-    let stop = stop_on_signal()?;
+    // Half a base does not stay on the disk.
+    let stop = stop_on_signal("removing what was written")?;
     let bar = progress::bar("writing megabytes", 0);
     let written = synthesize(&shape.config, &args.out, args.seed, |done, total| {
         bar.set_length(total / 1_000_000);
@@ -38,19 +38,6 @@ pub fn run(args: &Synth) -> Result<ExitCode> {
         written.bytes as f64 / 1e9,
     ));
     Ok(ExitCode::SUCCESS)
-}
-
-/// Set by Ctrl-C, so that half a base does not stay on the disk; a second one ends at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    })
-    .into_diagnostic()?;
-    Ok(stop)
 }
 
 #[cfg(test)]

@@ -1,7 +1,5 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{PreparedDataset, PromptTemplate, TextTokenizer, key};
@@ -14,7 +12,7 @@ use crate::args::Train;
 use crate::base::{self, OpenedBase};
 use crate::progress::TrainingProgress;
 use crate::recipe::Recipe;
-use crate::terminal::print;
+use crate::terminal::{print, stop_on_signal};
 
 const SAMPLE_TOKENS: usize = 96;
 /// The run's prepared rows, in its folder.
@@ -36,7 +34,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     };
     let data = prepared(&recipe, &opened, &folder, resumes)?;
     opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
-    let stop = stop_on_signal()?;
+    let stop = stop_on_signal("finishing this step, then saving")?;
     let opened = match recipe.base.quantize.scheme() {
         None => opened,
         Some(scheme) => match opened.quantized(scheme, &stop)? {
@@ -236,20 +234,6 @@ fn sample_prompts(
         .map(prompt)
         .collect::<Result<_, pronk_data::DataError>>();
     prompts.into_diagnostic()
-}
-
-/// Set by the first Ctrl-C (or SIGTERM, or SIGHUP); a second one ends the process at once.
-fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nfinishing this step, then saving; press Ctrl-C again to stop at once");
-    })
-    .into_diagnostic()?;
-    Ok(stop)
 }
 
 /// Ctrl-C before there was anything to save.

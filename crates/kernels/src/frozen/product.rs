@@ -13,6 +13,8 @@ use rayon::prelude::*;
 
 use super::FrozenMatrix;
 use super::bf16_tiles::{BLOCK, Bf16Unit, DEPTH, Multiplier, SIDE, Strips, TILE};
+use super::wide::widest;
+use crate::dot::dot;
 
 /// What the factors of a product are rounded to. Sums are float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -246,7 +248,7 @@ fn dot_products(w: &FrozenMatrix, x: &[f32], y: Columns) {
             for row in task * ROWS..rows.min((task + 1) * ROWS) {
                 w.dequantize(row, 0..cols, numbers);
                 for (token, x) in x.chunks_exact(cols).enumerate() {
-                    let sum = dot(x, numbers);
+                    let sum = widest(|| dot(x, numbers));
                     // SAFETY: this row of the matrix, a column of the output, is this task's alone.
                     #[allow(unsafe_code)]
                     unsafe {
@@ -256,20 +258,6 @@ fn dot_products(w: &FrozenMatrix, x: &[f32], y: Columns) {
             }
         });
     });
-}
-
-/// In sixteen sums, which compilers keep in one or two registers.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0_f32; 16];
-    let (a, a_rest) = a.as_chunks::<16>();
-    let (b, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..16 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    sums.iter().sum::<f32>() + rest
 }
 
 /// A tile of rows is dequantized, then `y[:, tile] = x W[tile]^T`.

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use crate::dot::dot;
 use crate::frozen::wide::widest;
 use crate::rewritten::Rewritten;
 
@@ -20,7 +21,7 @@ pub fn forward(x: Rewritten, weight: &[f32], eps: f32) -> Vec<f32> {
 
 #[inline(always)]
 fn normalize(x: &mut [f32], weight: &[f32], eps: f32) -> f32 {
-    let mean_square = sum_of_products([x, x]) / x.len() as f32;
+    let mean_square = dot(x, x) / x.len() as f32;
     let scale = 1.0 / (mean_square + eps).sqrt();
     for (x, w) in x.iter_mut().zip(weight) {
         *x = *x * scale * w;
@@ -46,23 +47,8 @@ fn pull_back(dy: &mut [f32], x: &[f32], weight: &[f32], scale: f32) {
     for (dy, w) in dy.iter_mut().zip(weight) {
         *dy *= w;
     }
-    let along = scale * scale * sum_of_products([dy, x]) / x.len() as f32;
+    let along = scale * scale * dot(dy, x) / x.len() as f32;
     for (dy, x) in dy.iter_mut().zip(x) {
         *dy = scale * (*dy - x * along);
     }
-}
-
-/// In sixteen sums, whatever the processor's vectors are, so that results are the same everywhere.
-#[inline(always)]
-fn sum_of_products([a, b]: [&[f32]; 2]) -> f32 {
-    let mut sums = [0.0_f32; 16];
-    let (a, a_rest) = a.as_chunks::<16>();
-    let (b, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..16 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    sums.iter().sum::<f32>() + rest
 }
