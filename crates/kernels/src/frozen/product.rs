@@ -35,7 +35,7 @@ impl Precision {
 
 /// Activation rows at a time: what a thread sums up stays in its own cache.
 const TOKENS: usize = 1024;
-/// Rows of the matrix that one task of `forward` multiplies.
+/// Rows of the matrix that one task of `forward` multiplies at least.
 const ROWS: usize = BLOCK;
 /// Columns dequantized at a time in `forward`. A multiple of every format's block.
 const FORWARD_DEPTH: usize = 512;
@@ -355,18 +355,18 @@ unsafe fn product_f32(
 
 fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: Columns) {
     let [rows, cols] = w.shape();
-    let tokens = x.len() / cols;
+    let (tokens, task_rows) = (x.len() / cols, rows_a_task(w));
     let right = Packed::pairs_along_rows(unit, x, cols, FORWARD_DEPTH);
-    let sizes = (right.strips * SIDE * ROWS, (ROWS + 1) * FORWARD_DEPTH, FORWARD_DEPTH);
-    (0..rows.div_ceil(ROWS)).into_par_iter().for_each(|task| {
+    let sizes = (right.strips * SIDE * task_rows, (task_rows + 1) * FORWARD_DEPTH, FORWARD_DEPTH);
+    (0..rows.div_ceil(task_rows)).into_par_iter().for_each(|task| {
         Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
             let (row, left) = tiles.split_at_mut(FORWARD_DEPTH);
             let multiplier = Multiplier::new(unit);
             for (pass, start) in (0..cols).step_by(FORWARD_DEPTH).enumerate() {
                 let depth = right.depth(pass);
-                for r in 0..ROWS {
+                for r in 0..task_rows {
                     let row = &mut row[..depth];
-                    rounded_row(w, &multiplier, task * ROWS + r, start..start + depth, numbers, row);
+                    rounded_row(w, &multiplier, task * task_rows + r, start..start + depth, numbers, row);
                     let strip = &mut left[r / SIDE * SIDE * depth..];
                     let tiles = strip.as_chunks_mut::<TILE>().0.iter_mut();
                     for (tile, numbers) in tiles.zip(row.as_chunks::<DEPTH>().0) {
@@ -374,21 +374,21 @@ fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: Columns) {
                     }
                 }
                 for block in 0..right.strips / 2 {
-                    for top in 0..ROWS / BLOCK {
+                    for top in 0..task_rows / BLOCK {
                         let strip = |s: usize| &left[s * SIDE * depth..][..SIDE * depth];
                         let strips = Strips {
                             left: [strip(2 * top), strip(2 * top + 1)],
                             right: [right.strip(pass, 2 * block), right.strip(pass, 2 * block + 1)],
                         };
-                        let sums = &mut sums[(block * ROWS + top * BLOCK) * BLOCK..][..BLOCK * BLOCK];
+                        let sums = &mut sums[(block * task_rows + top * BLOCK) * BLOCK..][..BLOCK * BLOCK];
                         multiplier.multiply_block(strips, pass == 0, sums, BLOCK);
                     }
                 }
             }
             // The sums are W x^T, 32 tokens a block: they are turned while they are written.
-            let here = task * ROWS..rows.min((task + 1) * ROWS);
+            let here = task * task_rows..rows.min((task + 1) * task_rows);
             for token in 0..tokens {
-                let column = &sums[token / BLOCK * ROWS * BLOCK + token % BLOCK..];
+                let column = &sums[token / BLOCK * task_rows * BLOCK + token % BLOCK..];
                 // SAFETY: these columns of the output are this task's alone.
                 #[allow(unsafe_code)]
                 unsafe {
@@ -397,6 +397,13 @@ fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: Columns) {
             }
         });
     });
+}
+
+/// How many rows a task of `forward` takes: of a tall matrix more, so that each turn of the
+/// activations is read less often.
+fn rows_a_task(w: &FrozenMatrix) -> usize {
+    let [rows, _] = w.shape();
+    if rows >= 32 * ROWS { 4 * ROWS } else { ROWS }
 }
 
 fn backward_bf16(w: &FrozenMatrix, unit: Bf16Unit, dy: &[f32], dx: Columns) {
