@@ -13,7 +13,7 @@ pub fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
     x / (mean_square + eps).sqrt() * weight.clone().unsqueeze()
 }
 
-/// See [`crate::swiglu`].
+/// See [`crate::swiglu()`].
 pub fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     silu(gate) * up
 }

@@ -2,7 +2,7 @@
 //!
 //! Both instruction sets want the same thing, so both share one layout. A *tile* is 1 KiB: on the
 //! left 16 rows of 32 numbers, on the right 16 rows of 16 pairs, the pairs being two neighbours
-//! along the summed dimension. [`multiply_block`] sums the products of two strips of left tiles
+//! along the summed dimension. [`Multiplier::multiply_block`] sums the products of two strips of left tiles
 //! with two strips of right tiles into 32 x 32 numbers.
 
 #![allow(unsafe_code)] // instructions that compilers do not choose by themselves
@@ -15,7 +15,7 @@ pub(super) const SIDE: usize = 16;
 pub(super) const DEPTH: usize = 32;
 /// Numbers in a tile.
 pub(super) const TILE: usize = SIDE * DEPTH;
-/// Rows and columns of what [`multiply_block`] computes.
+/// Rows and columns of what [`Multiplier::multiply_block`] computes.
 pub(super) const BLOCK: usize = 2 * SIDE;
 
 /// What multiplies bf16 on this processor.
@@ -51,7 +51,7 @@ fn detect() -> Option<Bf16Unit> {
     Some(if amx::available() { Bf16Unit::Amx } else { Bf16Unit::Avx512 })
 }
 
-/// Strips of tiles that lie one behind another, for one [`multiply_block`].
+/// Strips of tiles that lie one behind another, for one [`Multiplier::multiply_block`].
 #[derive(Clone, Copy)]
 pub(super) struct Strips<'a> {
     /// Rows 0 to 15 and 16 to 31 of the left side.

@@ -56,7 +56,7 @@ pub(crate) fn frozen_product(
     Autodiff,
 )]
 pub trait FrozenProduct: Backend {
-    /// See [`frozen_product`].
+    /// `x W^T` or `x W`, whichever the direction says.
     fn frozen_product(
         x: FloatTensor<Self>,
         w: Arc<FrozenMatrix>,

@@ -57,7 +57,7 @@ impl FrozenMatrix {
     pub fn forward(&self, x: &[f32], precision: Precision) -> Vec<f32> {
         let [rows, cols] = self.shape();
         assert_eq!(x.len() % cols, 0, "activations of whole rows of {cols}");
-        let y = Output::new(x.len() / cols, rows);
+        let mut y = Output::new(x.len() / cols, rows);
         for (i, x) in x.chunks(TOKENS * cols).enumerate() {
             let y = y.below(i * TOKENS);
             match (precision, Bf16Unit::detect()) {
@@ -83,7 +83,7 @@ impl FrozenMatrix {
     pub fn backward(&self, dy: &[f32], precision: Precision) -> Vec<f32> {
         let [rows, cols] = self.shape();
         assert_eq!(dy.len() % rows, 0, "gradients of whole rows of {rows}");
-        let dx = Output::new(dy.len() / rows, cols);
+        let mut dx = Output::new(dy.len() / rows, cols);
         for (i, dy) in dy.chunks(TOKENS * rows).enumerate() {
             let dx = dx.below(i * TOKENS);
             match (precision, Bf16Unit::detect()) {
@@ -153,11 +153,11 @@ impl Output {
     }
 
     /// From row `first` on.
-    fn below(&self, first: usize) -> Columns {
+    fn below(&mut self, first: usize) -> Columns {
         assert!(first <= self.rows);
         // SAFETY: within the allocation by the assertion.
         #[allow(unsafe_code)]
-        let start = unsafe { self.values.as_ptr().cast_mut().add(first * self.width) };
+        let start = unsafe { self.values.as_mut_ptr().add(first * self.width) };
         Columns { start, rows: self.rows - first, width: self.width }
     }
 
