@@ -15,6 +15,7 @@ mod adamw;
 mod attention;
 mod cross_entropy;
 mod device;
+mod direction;
 mod dot;
 mod exp;
 mod frozen;

@@ -2,7 +2,8 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::frozen::{Direction, FrozenMatrix, Precision, frozen_product};
+use crate::direction::Direction;
+use crate::frozen::{FrozenMatrix, Precision, frozen_product};
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]

@@ -11,7 +11,8 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use self::turn::{Turn, turn};
+use self::turn::turn;
+use crate::direction::Direction;
 use crate::host::{Host, lends};
 use crate::plain;
 
@@ -118,7 +119,7 @@ impl RotaryTables {
             return plain::rotary(x, self);
         }
         let (cos, sin) = (self.cos.clone().into_dispatch(), self.sin.clone().into_dispatch());
-        Tensor::from_dispatch(Dispatch::turn(x.into_dispatch(), cos, sin, Turn::Forward))
+        Tensor::from_dispatch(Dispatch::turn(x.into_dispatch(), cos, sin, Direction::Forward))
     }
 }
 
@@ -130,7 +131,7 @@ pub trait RotaryTurn: Backend {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        direction: Turn,
+        direction: Direction,
     ) -> FloatTensor<Self>;
 }
 
@@ -139,7 +140,7 @@ impl<B: Host> RotaryTurn for B {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        direction: Turn,
+        direction: Direction,
     ) -> FloatTensor<Self> {
         let (shape, cos, sin) = (x.shape(), B::contiguous(cos), B::contiguous(sin));
         assert_eq!(cos.shape()[2] * 2, shape[2], "an angle for every pair of features");
@@ -153,7 +154,7 @@ impl<B: Host, C: CheckpointStrategy> RotaryTurn for Autodiff<B, C> {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        direction: Turn,
+        direction: Direction,
     ) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([x.node()]).compute_bound().stateful();
         let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
@@ -171,7 +172,7 @@ struct Recorded;
 
 impl<B: Host> Backward<B, 1> for Recorded {
     /// Cosines, sines, and which way.
-    type State = (FloatTensor<B>, FloatTensor<B>, Turn);
+    type State = (FloatTensor<B>, FloatTensor<B>, Direction);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (cos, sin, direction) = ops.state;

@@ -42,6 +42,14 @@ pub enum Scheme {
 impl Scheme {
     /// Every scheme, smallest first.
     pub const ALL: [Self; 2] = [Self::Nf4, Self::Int8];
+
+    /// What it makes of a matrix.
+    pub fn format(self) -> Format {
+        match self {
+            Self::Nf4 => Format::Nf4,
+            Self::Int8 => Format::Int8,
+        }
+    }
 }
 
 impl fmt::Display for Scheme {

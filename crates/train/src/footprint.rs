@@ -6,9 +6,12 @@
 
 use std::collections::BTreeSet;
 
+use pronk_data::PackedBatch;
 use pronk_kernels::logit_rows;
 use pronk_lora::{LoraConfig, LoraError};
 use pronk_model::{DecoderConfig, WeightBytes};
+
+use crate::Recompute;
 
 /// Bytes of a float32.
 const FLOAT: u64 = 4;
@@ -22,6 +25,12 @@ pub struct Workload {
     pub tokens: usize,
     /// Tokens that are learned.
     pub supervised: usize,
+}
+
+impl From<&PackedBatch> for Workload {
+    fn from(batch: &PackedBatch) -> Self {
+        Self { tokens: batch.tokens(), supervised: batch.supervised() }
+    }
 }
 
 /// Bytes in the memory that computes, by what takes them.
@@ -103,9 +112,14 @@ impl Shapes {
         }
     }
 
-    /// Blocks of the decoder.
-    pub fn layers(&self) -> usize {
-        self.model.num_hidden_layers
+    /// How many blocks keep their graphs while `work` goes through. Where nobody tells a budget,
+    /// "auto" keeps none.
+    pub fn kept(&self, recompute: Recompute, work: Workload, budget: Option<u64>) -> usize {
+        match (recompute, budget) {
+            (Recompute::None, _) => self.model.num_hidden_layers,
+            (Recompute::Blocks, _) | (Recompute::Auto, None) => 0,
+            (Recompute::Auto, Some(budget)) => self.blocks_that_fit(work, budget).unwrap_or(0),
+        }
     }
 
     /// How many blocks can keep their graphs within `budget` bytes, or, where not even none can,

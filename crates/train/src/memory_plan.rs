@@ -32,19 +32,13 @@ impl MemoryPlan {
 
     /// How many blocks keep their graphs while `batch` goes through.
     pub fn kept(&self, batch: &PackedBatch) -> usize {
-        match (self.recompute, self.budget) {
-            (Recompute::None, _) => usize::MAX,
-            (Recompute::Blocks, _) | (Recompute::Auto, None) => 0,
-            (Recompute::Auto, Some(budget)) => {
-                self.shapes.blocks_that_fit(workload(batch), budget).unwrap_or(0)
-            }
-        }
+        self.shapes.kept(self.recompute, batch.into(), self.budget)
     }
 
     /// Refuses a budget that the largest micro-batch does not fit in.
     pub fn check(&self, largest: &PackedBatch) -> Result<(), TrainError> {
         let (Some(budget), true) = (self.budget, self.strict) else { return Ok(()) };
-        let work = workload(largest);
+        let work = Workload::from(largest);
         let least = match self.recompute {
             Recompute::None => self.shapes.footprint(work, usize::MAX).peak(),
             Recompute::Auto | Recompute::Blocks => self.shapes.footprint(work, 0).peak(),
@@ -55,8 +49,4 @@ impl MemoryPlan {
         let (budget, least) = (ByteSize(budget), ByteSize(least));
         Err(TrainError::Budget { budget, tokens: work.tokens, least })
     }
-}
-
-fn workload(batch: &PackedBatch) -> Workload {
-    Workload { tokens: batch.tokens(), supervised: batch.supervised() }
 }

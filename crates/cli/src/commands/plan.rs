@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use miette::{IntoDiagnostic, Result, miette};
-use pronk_data::{PackedBatch, PreparedDataset};
+use pronk_data::PreparedDataset;
 use pronk_kernels::{Format, FrozenMatrix, Precision};
-use pronk_model::{LoadConfig, Residency, WeightBytes};
+use pronk_model::{LoadConfig, Residency, Scheme, WeightBytes};
 use pronk_train::{Footprint, Plan, Recompute, Shapes, Workload, available_memory_bytes};
 
 use super::prep;
@@ -31,7 +31,7 @@ const CARDS: [(&str, u64); 12] = [
     ("h200", 141),
 ];
 
-/// Of a step's time, the share that goes into products with the base (see BENCHMARKS.md).
+/// Of a step's time, about the share that goes into products with the base, by a profile of SmolLM2's.
 const SHARE_OF_PRODUCTS: f64 = 0.7;
 
 /// `pronk plan`
@@ -100,12 +100,12 @@ impl Outlook {
     ) -> Result<Self> {
         let shapes = shapes(recipe, opened, recipe.base.quantize, recipe.base.weights)?;
         let plan = Plan::new(&recipe.train, recipe.data.order, data.train.len());
-        let largest = workload(&plan.largest_micro_batch(&data.train, recipe.train.micro_batch_size));
-        let kept = kept(recipe.train.recompute, &shapes, largest, budget.as_ref());
+        let work = |records| Workload::from(&plan.largest_micro_batch(&data.train, records));
         let limit = budget.as_ref().map(|(budget, _)| *budget);
+        let largest = work(recipe.train.micro_batch_size);
+        let kept = shapes.kept(recipe.train.recompute, largest, limit);
         let fits = |records: &usize| {
-            let work = workload(&plan.largest_micro_batch(&data.train, *records));
-            limit.is_some_and(|limit| shapes.blocks_that_fit(work, limit).is_ok())
+            limit.is_some_and(|limit| shapes.blocks_that_fit(work(*records), limit).is_ok())
         };
         let most_records = (1..=recipe.train.batch_size).rev().find(fits);
         let rows = data.train.iter();
@@ -213,27 +213,10 @@ impl Outlook {
 }
 
 fn shapes(recipe: &Recipe, opened: &OpenedBase, quantize: Quantize, weights: Residency) -> Result<Shapes> {
-    let format = match quantize {
-        Quantize::None => None,
-        Quantize::Nf4 => Some(Format::Nf4),
-        Quantize::Int8 => Some(Format::Int8),
-    };
+    let format = quantize.scheme().map(Scheme::format);
     let config = LoadConfig { weights, ..recipe.base.load_config() };
     let bytes = WeightBytes::of(&opened.base, config, format).into_diagnostic()?;
     Shapes::new(&opened.base.config, bytes, &recipe.lora.config).into_diagnostic()
-}
-
-fn kept(recompute: Recompute, shapes: &Shapes, work: Workload, budget: Option<&(u64, String)>) -> usize {
-    match (recompute, budget) {
-        (Recompute::None, _) => usize::MAX,
-        (Recompute::Blocks, _) | (Recompute::Auto, None) => 0,
-        (Recompute::Auto, Some((budget, _))) => shapes.blocks_that_fit(work, *budget).unwrap_or(0),
-    }
-    .min(shapes.layers())
-}
-
-fn workload(batch: &PackedBatch) -> Workload {
-    Workload { tokens: batch.tokens(), supervised: batch.supervised() }
 }
 
 /// How fast this machine multiplies 512 tokens with a matrix of a 7B's size, right now.

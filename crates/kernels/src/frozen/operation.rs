@@ -13,26 +13,8 @@ use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extensi
 use burn::tensor::{Tensor, TensorData};
 
 use super::{FrozenMatrix, Precision};
+use crate::direction::Direction;
 use crate::host::Host;
-
-/// Which side of the matrix the activations come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// `x W^T`: from inputs to outputs.
-    Forward,
-    /// `dy W`: from the gradient at the outputs to that at the inputs.
-    Backward,
-}
-
-impl Direction {
-    /// Where the gradient of a product goes.
-    fn reversed(self) -> Self {
-        match self {
-            Self::Forward => Self::Backward,
-            Self::Backward => Self::Forward,
-        }
-    }
-}
 
 /// `x W^T` or `x W`, with `W` in host memory.
 ///

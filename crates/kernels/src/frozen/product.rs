@@ -229,10 +229,9 @@ impl Scratch {
             static SCRATCH: RefCell<Scratch> = RefCell::default();
         }
         SCRATCH.with_borrow_mut(|scratch| {
-            let grow = |n: usize, old: usize| n.max(old);
-            scratch.sums.resize(grow(sums, scratch.sums.len()), 0.0);
-            scratch.tiles.resize(grow(tiles, scratch.tiles.len()), 0);
-            scratch.numbers.resize(grow(numbers, scratch.numbers.len()), 0.0);
+            scratch.sums.resize(sums.max(scratch.sums.len()), 0.0);
+            scratch.tiles.resize(tiles.max(scratch.tiles.len()), 0);
+            scratch.numbers.resize(numbers.max(scratch.numbers.len()), 0.0);
             task(scratch)
         })
     }

@@ -2,30 +2,12 @@
 
 use rayon::prelude::*;
 
+use crate::direction::Direction;
 use crate::frozen::wide::widest;
 use crate::rewritten::Rewritten;
 
 /// Tokens of one task.
 const TASK: usize = 16;
-
-/// Which way the heads turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
-    /// By the angles of the tables.
-    Forward,
-    /// Back again, as gradients turn.
-    Backward,
-}
-
-impl Turn {
-    /// Where the gradient of a turn turns.
-    pub fn reversed(self) -> Self {
-        match self {
-            Self::Forward => Self::Backward,
-            Self::Backward => Self::Forward,
-        }
-    }
-}
 
 /// Turns every head of `x` in its place.
 ///
@@ -34,7 +16,7 @@ impl Turn {
 ///
 /// # Panics
 /// Where there are more or fewer tokens than angles.
-pub fn turn(x: Rewritten, [cos, sin]: [&[f32]; 2], [heads, half]: [usize; 2], direction: Turn) {
+pub fn turn(x: Rewritten, [cos, sin]: [&[f32]; 2], [heads, half]: [usize; 2], direction: Direction) {
     let width = heads * 2 * half;
     assert!(cos.len() * 2 * heads == x.len() && cos.len() == sin.len(), "angles for every token");
     let tables = cos.par_chunks(TASK * half).zip(sin.par_chunks(TASK * half));
@@ -44,8 +26,8 @@ pub fn turn(x: Rewritten, [cos, sin]: [&[f32]; 2], [heads, half]: [usize; 2], di
             for (token, (cos, sin)) in x.chunks_exact_mut(width).zip(angles) {
                 for head in token.chunks_exact_mut(2 * half) {
                     match direction {
-                        Turn::Forward => turn_head(head, cos, sin, |sin| sin),
-                        Turn::Backward => turn_head(head, cos, sin, |sin| -sin),
+                        Direction::Forward => turn_head(head, cos, sin, |sin| sin),
+                        Direction::Backward => turn_head(head, cos, sin, |sin| -sin),
                     }
                 }
             }
