@@ -68,8 +68,7 @@ impl WeightBytes {
                 (&[rows, cols], Some(format)) => format.bytes_for(rows, cols) as u64,
                 (&[rows, cols], None) => {
                     let matrix = base.matrix(&name)?;
-                    let rounded =
-                        config.rounds_at_load() && block.is_some() && matrix.format() == Format::F32;
+                    let rounded = config.rounds_at_load() && matrix.format() == Format::F32;
                     let bytes = if rounded { Format::Bf16.bytes_for(rows, cols) } else { matrix.byte_len() };
                     bytes as u64
                 }
