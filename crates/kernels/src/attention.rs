@@ -2,8 +2,7 @@
 #![allow(clippy::inline_always)]
 
 mod heads;
-mod product;
-mod softmax;
+mod scoring;
 mod tiles;
 
 use std::ops::Range;
@@ -17,6 +16,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::Tensor;
 
+pub use self::scoring::Scoring;
 use self::tiles::Widths;
 use crate::host::{Host, lends};
 use crate::plain;
@@ -38,9 +38,10 @@ impl Span {
     }
 }
 
-/// Causal grouped-query attention, `softmax(q k^T / sqrt(head_dim)) v`, within each span and
-/// never across (Ainslie et al. 2023, <https://arxiv.org/abs/2305.13245>). Keys and values are not
-/// repeated: the query heads that share a key head are stacked into one taller product.
+/// Causal grouped-query attention, `softmax(scores) v`, within each span and never across (Ainslie
+/// et al. 2023, <https://arxiv.org/abs/2305.13245>); `scoring` says what the scores are. Keys and
+/// values are not repeated: the query heads that share a key head are stacked into one taller
+/// product.
 ///
 /// # Shapes
 /// - q: `[query tokens, heads, head_dim]`
@@ -49,13 +50,13 @@ impl Span {
 ///
 /// # Panics
 /// Where the shapes do not fit, or spans are of other rows.
-pub fn attention(q: Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, spans: &[Span]) -> Tensor<2> {
+pub fn attention(q: Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, spans: &[Span], scoring: Scoring) -> Tensor<2> {
     let [tokens, heads, dim] = q.dims();
     if !lends(&q) || !cover(spans, tokens, k.dims()[0]) {
-        return plain::attention(&q, k, v, spans);
+        return plain::attention(&q, k, v, spans, scoring);
     }
     let [q, k, v] = [q, k.clone(), v.clone()].map(Tensor::into_dispatch);
-    let y = Tensor::<3>::from_dispatch(Dispatch::attention(q, k, v, spans.into()));
+    let y = Tensor::<3>::from_dispatch(Dispatch::attention(q, k, v, spans.into(), scoring));
     y.reshape([tokens, heads * dim])
 }
 
@@ -77,6 +78,7 @@ pub trait Attention: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         spans: Arc<[Span]>,
+        scoring: Scoring,
     ) -> FloatTensor<Self>;
 }
 
@@ -86,8 +88,9 @@ impl<B: Host> Attention for B {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         spans: Arc<[Span]>,
+        scoring: Scoring,
     ) -> FloatTensor<Self> {
-        forward::<B>(q, &B::contiguous(k), &B::contiguous(v), &spans).0
+        forward::<B>(q, &B::contiguous(k), &B::contiguous(v), &spans, scoring).0
     }
 }
 
@@ -97,10 +100,12 @@ fn forward<B: Host>(
     k: &FloatTensor<B>,
     v: &FloatTensor<B>,
     spans: &[Span],
+    scoring: Scoring,
 ) -> (FloatTensor<B>, Vec<f32>) {
+    let _attention = tracing::trace_span!("attention").entered();
     assert!(k.shape() == v.shape(), "a value for every key");
     let widths = widths::<B>(&q, k);
-    B::rewrite(q, |q| tiles::forward(q, [B::numbers(k), B::numbers(v)], widths, spans))
+    B::rewrite(q, |q| tiles::forward(q, [B::numbers(k), B::numbers(v)], widths, spans, scoring))
 }
 
 fn widths<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Widths {
@@ -115,15 +120,16 @@ impl<B: Host, C: CheckpointStrategy> Attention for Autodiff<B, C> {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         spans: Arc<[Span]>,
+        scoring: Scoring,
     ) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([q.node(), k.node(), v.node()]).compute_bound().stateful();
         let [q, k, v] = [q, k, v].map(|x| B::contiguous(x.into_primitive()));
         match operation {
             OpsKind::Tracked(prep) => {
-                let (y, log_sums) = forward::<B>(q.clone(), &k, &v, &spans);
-                prep.finish(Saved { q, k, v, log_sums, spans }, y)
+                let (y, log_sums) = forward::<B>(q.clone(), &k, &v, &spans, scoring);
+                prep.finish(Saved { q, k, v, log_sums, spans, scoring }, y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(forward::<B>(q, &k, &v, &spans).0),
+            OpsKind::UnTracked(prep) => prep.finish(forward::<B>(q, &k, &v, &spans, scoring).0),
         }
     }
 }
@@ -137,6 +143,7 @@ struct Saved<T> {
     /// Of each query and head, the logarithm of its sum of exponentials.
     log_sums: Vec<f32>,
     spans: Arc<[Span]>,
+    scoring: Scoring,
 }
 
 /// Attention in an autodiff graph.
@@ -147,13 +154,14 @@ impl<B: Host> Backward<B, 3> for Recorded {
     type State = Saved<FloatTensor<B>>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let Saved { q, k, v, log_sums, spans } = ops.state;
+        let _attention = tracing::trace_span!("attention").entered();
+        let Saved { q, k, v, log_sums, spans, scoring } = ops.state;
         let dy = B::contiguous(grads.consume::<B>(&ops.node));
         let widths = widths::<B>(&q, &k);
         let (dq, (dk, (dv, ()))) = B::rewrite(q, |q| {
             B::rewrite(k, |k| {
                 B::rewrite(v, |v| {
-                    tiles::backward([q, k, v], &log_sums, B::numbers(&dy), widths, &spans);
+                    tiles::backward([q, k, v], &log_sums, B::numbers(&dy), widths, &spans, scoring);
                 })
             })
         });

@@ -1,35 +1,19 @@
-use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, Dispatch, backend_extension};
-use burn::tensor::{Int, Tensor, TensorData};
-use rayon::prelude::*;
+// Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
+#![allow(clippy::inline_always)]
 
-use crate::FrozenLinear;
-use crate::exp::exp;
-use crate::frozen::wide::widest;
+mod rows;
+
+use std::sync::Arc;
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
+use burn::tensor::{Shape, Tensor};
+
 use crate::host::{Host, lends};
+use crate::{FrozenLinear, plain, soft_cap};
 
 /// Logits alive at a time, 32 MB of them: 256 rows at a vocabulary of 32,000.
 const LOGITS: usize = 8 << 20;
-
-/// `e^x` of what is at most 0. On the host in vectors, and in the same memory.
-fn exponentials(x: Tensor<2>) -> Tensor<2> {
-    if lends(&x) { Tensor::from_dispatch(Dispatch::exponentials(x.into_dispatch())) } else { x.exp() }
-}
-
-/// The operation, for backends that lend their numbers. Nothing is ever recorded here.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"))]
-pub trait Exponentials: Backend {
-    /// `e^x`
-    fn exponentials(x: FloatTensor<Self>) -> FloatTensor<Self>;
-}
-
-impl<B: Host> Exponentials for B {
-    fn exponentials(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        const PIECE: usize = 1 << 14;
-        let replace = |piece: &mut [f32]| widest(|| piece.iter_mut().for_each(|x| *x = exp(*x)));
-        B::rewrite(B::contiguous(x), |x| x.pieces(PIECE).for_each(replace)).0
-    }
-}
 
 /// How many rows of logits are alive at a time.
 pub fn logit_rows(vocab_size: usize) -> usize {
@@ -49,35 +33,73 @@ pub struct CrossEntropy {
 /// rows at a time, so that the full logits never exist.
 ///
 /// The head is frozen and this is the end of the graph, so the gradient is written down rather
-/// than recorded: with `p = softmax(h W^T)` it is `p W - W[target]`.
+/// than recorded: with `p = softmax(h W^T)` it is `(p - onehot(target)) W`. Where logits are capped
+/// at `cap`, as [`soft_cap()`] does it, each of a row's logits passes on only the slope of the cap
+/// there, `1 - (capped / cap)^2`.
 ///
 /// # Shapes
 /// - hidden: `[rows, hidden]`, only rows that have a target; targets: one id for each
 /// - head: from `hidden` to the vocabulary
+///
+/// # Panics
+/// Where a target is no row of the head.
 pub fn cross_entropy(
     hidden: &Tensor<2>,
     head: &FrozenLinear,
     targets: &[u32],
+    cap: Option<f32>,
     with_gradient: bool,
 ) -> CrossEntropy {
-    let device = hidden.device();
     let rows = logit_rows(head.out_features());
-    let mut sum = Tensor::<1>::zeros([1], &device);
+    let mut sum = Tensor::<1>::zeros([1], &hidden.device());
     let mut gradients = Vec::new();
     for (i, chunk) in targets.chunks(rows).enumerate() {
         let logits = head.forward(hidden.clone().narrow(0, i * rows, chunk.len())); // [rows, vocab]
-        let ids: Vec<i64> = chunk.iter().map(|&t| i64::from(t)).collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [chunk.len(), 1]), &device);
-        let target_logits = logits.clone().gather(1, ids);
-        let top = logits.clone().max_dim(1);
-        let weights = exponentials(logits - top.clone());
-        let total = weights.clone().sum_dim(1); // [rows, 1]
-        sum = sum + (total.clone().log() + top - target_logits).sum();
+        let logits = if let Some(cap) = cap { soft_cap(logits, cap) } else { logits };
+        let of_cap = cap.filter(|_| with_gradient);
+        let of_cap = of_cap.map(|cap| (logits.clone() / cap).square().neg().add_scalar(1.0));
+        let (losses, slopes) = losses_and_slopes(logits, chunk);
+        sum = sum + losses.sum();
         if with_gradient {
-            gradients.push(head.backward(weights / total) - head.rows(chunk, &device));
+            gradients.push(head.backward(match of_cap {
+                Some(of_cap) => slopes * of_cap,
+                None => slopes,
+            }));
         }
     }
     // Without targets there are no rows, and nothing to concatenate.
     let gradient = if gradients.is_empty() { hidden.zeros_like() } else { Tensor::cat(gradients, 0) };
     CrossEntropy { sum, gradient: with_gradient.then_some(gradient) }
+}
+
+/// `-log softmax(logits)[target]` of each row, `[rows]`, and its gradient at the logits,
+/// `softmax(logits) - onehot(target)`, `[rows, vocab]`: on the host in the same memory.
+fn losses_and_slopes(logits: Tensor<2>, targets: &[u32]) -> (Tensor<1>, Tensor<2>) {
+    if !lends(&logits) {
+        return plain::losses_and_slopes(logits, targets);
+    }
+    let (losses, slopes) = Dispatch::losses_and_slopes(logits.into_dispatch(), targets.into());
+    (Tensor::from_dispatch(losses), Tensor::from_dispatch(slopes))
+}
+
+/// The operation, for backends that lend their numbers. Nothing is ever recorded here.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"))]
+pub trait LossesAndSlopes: Backend {
+    /// `[rows]` and `[rows, vocab]`.
+    fn losses_and_slopes(
+        logits: FloatTensor<Self>,
+        targets: Arc<[u32]>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+}
+
+impl<B: Host> LossesAndSlopes for B {
+    fn losses_and_slopes(
+        logits: FloatTensor<Self>,
+        targets: Arc<[u32]>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let device = logits.device();
+        let write =
+            |losses: &mut [f32]| B::rewrite(logits, |l| rows::losses_and_slopes(l, &targets, losses)).0;
+        B::write(Shape::from([targets.len()]), &device, write)
+    }
 }

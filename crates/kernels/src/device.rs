@@ -56,8 +56,9 @@ struct Backend {
     devices: fn() -> Vec<Device>,
 }
 
-/// In the order in which `auto` tries them: graphics cards first.
-const BACKENDS: [Backend; 8] = [
+/// In the order in which `auto` tries them: graphics cards first. `cube-cpu` is for tests of what runs
+/// on cards, and known only where it is built in.
+const BACKENDS: &[Backend] = &[
     Backend {
         name: "cuda",
         feature: "cuda",
@@ -113,6 +114,14 @@ const BACKENDS: [Backend; 8] = [
         compiled_in: cfg!(feature = "tch"),
         library: None,
         devices: tch_cpu,
+    },
+    #[cfg(feature = "cubecl-cpu")]
+    Backend {
+        name: "cube-cpu",
+        feature: "cubecl-cpu",
+        compiled_in: true,
+        library: None,
+        devices: || vec![Device::cpu()],
     },
 ];
 
@@ -205,7 +214,12 @@ finder!(vulkan, "vulkan", Device::enumerate(burn::tensor::DeviceType::Vulkan).in
 finder!(tch_cuda, "tch", Device::enumerate(burn::tensor::DeviceType::LibTorch).into_vec());
 finder!(tch_mps, "tch", if cfg!(target_os = "macos") { vec![Device::libtorch_mps()] } else { Vec::new() });
 finder!(flex, "flex", vec![Device::flex()]);
-finder!(tch_cpu, "tch", vec![Device::libtorch()]);
+finder!(tch_cpu, "tch", {
+    // What takes long runs on threads of our own. LibTorch's would spin between its small
+    // operations, and take the cores from them: twice the processor time for the same step.
+    tch::set_num_threads(1);
+    vec![Device::libtorch()]
+});
 
 #[cfg(test)]
 mod tests {

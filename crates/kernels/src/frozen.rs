@@ -5,6 +5,8 @@
 #![allow(clippy::inline_always)]
 
 mod bf16_tiles;
+#[cfg(feature = "cube")]
+mod cube;
 mod dense;
 mod format;
 mod ggml;
@@ -14,6 +16,7 @@ mod nf4;
 mod nf4_quantize;
 mod operation;
 mod product;
+mod weight;
 pub(crate) mod wide;
 
 pub use format::{Format, FrozenError};
@@ -24,3 +27,4 @@ pub use nf4_quantize::quantize_nf4;
 pub use operation::FrozenProduct;
 pub(crate) use operation::frozen_product;
 pub use product::Precision;
+pub use weight::{FrozenWeight, dense_bytes_on_card};

@@ -13,36 +13,50 @@
 
 mod adamw;
 mod attention;
+mod blockwise;
 mod cross_entropy;
 mod device;
 mod direction;
 mod dot;
 mod exp;
 mod frozen;
+mod glu;
+mod heap;
 // Without a backend on the processor nobody lends anything.
 #[cfg_attr(not(any(feature = "flex", feature = "tch")), allow(dead_code))]
 mod host;
 mod linear;
+mod lion;
+mod low_rank;
+mod muon;
 mod norm;
 pub mod plain;
+mod product;
 mod pullback;
 mod random;
 #[cfg_attr(not(any(feature = "flex", feature = "tch")), allow(dead_code))]
 mod rewritten;
 mod rotary;
-mod swiglu;
+mod soft_cap;
+mod softmax;
 
 pub use adamw::{AdamW, AdamWState};
-pub use attention::{Span, attention};
+pub use attention::{Scoring, Span, attention};
+pub use blockwise::Blockwise;
 pub use cross_entropy::{CrossEntropy, cross_entropy, logit_rows};
 pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device};
 pub use frozen::{
-    DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, NF4_CODEBOOK, Nf4Parts, Nf4QuantState,
-    Nf4Scales, Precision, quantize_int8, quantize_nf4,
+    DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, FrozenWeight, NF4_CODEBOOK, Nf4Parts,
+    Nf4QuantState, Nf4Scales, Precision, dense_bytes_on_card, quantize_int8, quantize_nf4,
 };
+pub use glu::{Activation, glu};
+pub use heap::keep_freed_memory;
 pub use linear::FrozenLinear;
+pub use lion::Lion;
+pub use low_rank::add_low_rank;
+pub use muon::Muon;
 pub use norm::rms_norm;
 pub use pullback::{Tracked, pull_back};
-pub use random::{Dropout, DropoutKey, stream};
+pub use random::{Dropout, DropoutKey, EmbeddingNoise, stream};
 pub use rotary::{RopeScaling, Rotary, RotaryTables};
-pub use swiglu::swiglu;
+pub use soft_cap::soft_cap;

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::direction::Direction;
-use crate::frozen::{FrozenMatrix, Precision, frozen_product};
+use crate::frozen::{FrozenMatrix, FrozenWeight, Precision, frozen_product};
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]
@@ -15,22 +15,22 @@ pub struct FrozenLinear {
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant)] // a few hundred in all
 enum Weight {
-    /// On the device, `[out, in]`.
-    Device(Tensor<2>),
-    /// In host memory, in the format that it is kept in.
-    Host(Arc<FrozenMatrix>, Precision),
+    /// Dense on the device, `[out, in]`.
+    Dense(Tensor<2>),
+    /// In the format that it is kept in, in host memory or on a card.
+    Frozen(FrozenWeight, Precision),
 }
 
 impl FrozenLinear {
     /// `weight` is `[out, in]` as checkpoints store it, on the device; `bias` is `[out]`.
     pub fn new(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
-        Self { weight: Weight::Device(weight), bias }
+        Self { weight: Weight::Dense(weight), bias }
     }
 
     /// `weight` is `[out, in]` in host memory, quantized or not, and stays as it is: products
     /// dequantize a tile of it at a time and round their factors to `precision`.
     pub fn on_host(weight: Arc<FrozenMatrix>, precision: Precision, bias: Option<Tensor<1>>) -> Self {
-        Self { weight: Weight::Host(weight, precision), bias }
+        Self { weight: Weight::Frozen(FrozenWeight::Host(weight), precision), bias }
     }
 
     /// Features of the input.
@@ -45,17 +45,21 @@ impl FrozenLinear {
 
     fn shape(&self) -> [usize; 2] {
         match &self.weight {
-            Weight::Device(weight) => weight.dims(),
-            Weight::Host(weight, _) => weight.shape(),
+            Weight::Dense(weight) => weight.dims(),
+            Weight::Frozen(weight, _) => weight.shape(),
         }
     }
 
-    /// The same layer with its weight on `device`, in float32.
+    /// The same layer with its weight on `device`: as it is kept, where one of CubeCL's cards
+    /// multiplies it by itself, otherwise in float32.
     #[must_use]
     pub fn on_device(&self, device: &Device) -> Self {
-        let Weight::Host(weight, _) = &self.weight else { return self.clone() };
-        let rows: Vec<u32> = (0..weight.shape()[0] as u32).collect();
+        let Weight::Frozen(FrozenWeight::Host(weight), precision) = &self.weight else { return self.clone() };
         let bias = self.bias.clone().map(|bias| bias.to_device(device));
+        if let Some(weight) = FrozenWeight::on_card(weight, device) {
+            return Self { weight: Weight::Frozen(weight, *precision), bias };
+        }
+        let rows: Vec<u32> = (0..weight.shape()[0] as u32).collect();
         Self::new(Tensor::from_data(weight.select(&rows), device), bias)
     }
 
@@ -65,8 +69,8 @@ impl FrozenLinear {
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let y = match &self.weight {
             // The transpose is a view: products read it through its strides.
-            Weight::Device(weight) => x.matmul(weight.clone().transpose()),
-            Weight::Host(weight, precision) => frozen_product(x, weight, Direction::Forward, *precision),
+            Weight::Dense(weight) => x.matmul(weight.clone().transpose()),
+            Weight::Frozen(weight, precision) => frozen_product(x, weight, Direction::Forward, *precision),
         };
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
@@ -81,8 +85,8 @@ impl FrozenLinear {
     /// - result: `[tokens, in]`
     pub fn backward(&self, dy: Tensor<2>) -> Tensor<2> {
         match &self.weight {
-            Weight::Device(weight) => dy.matmul(weight.clone()),
-            Weight::Host(weight, precision) => frozen_product(dy, weight, Direction::Backward, *precision),
+            Weight::Dense(weight) => dy.matmul(weight.clone()),
+            Weight::Frozen(weight, precision) => frozen_product(dy, weight, Direction::Backward, *precision),
         }
     }
 
@@ -92,12 +96,12 @@ impl FrozenLinear {
     /// Where an id is no row.
     pub fn rows(&self, ids: &[u32], device: &Device) -> Tensor<2> {
         match &self.weight {
-            Weight::Device(weight) => {
+            Weight::Dense(weight) => {
                 let indices: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
                 let data = TensorData::new(indices, [ids.len()]);
                 weight.clone().select(0, Tensor::<1, Int>::from_data(data, device))
             }
-            Weight::Host(weight, _) => Tensor::from_data(weight.select(ids), device),
+            Weight::Frozen(weight, _) => weight.rows(ids, device),
         }
     }
 }

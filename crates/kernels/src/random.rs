@@ -1,7 +1,8 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use burn::tensor::{Distribution, Tensor};
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
 
 /// A number for a place in the run or in the model, to seed a generator with: random numbers
 /// that depend on where they are used, never on what was drawn before.
@@ -44,11 +45,37 @@ impl Dropout {
             return x;
         }
         let device = x.device().without_autodiff();
-        let keep = {
-            let _guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
-            device.seed(stream(&(self.key, name)));
-            Tensor::<2>::random(x.dims(), Distribution::Uniform(0.0, 1.0), &device).greater_equal_elem(self.p)
-        };
+        let keep = uniform(x.dims(), [0.0, 1.0], &(self.key, name), &device).greater_equal_elem(self.p);
         x * (keep.float() / (1.0 - self.p))
+    }
+}
+
+/// Uniform numbers that depend on `place` alone.
+fn uniform(shape: [usize; 2], [low, high]: [f64; 2], place: &impl Hash, device: &Device) -> Tensor<2> {
+    let _guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    device.seed(stream(place));
+    Tensor::random(shape, Distribution::Uniform(low, high), device)
+}
+
+/// Noise on the embeddings of what is learned from (NEFTune, Jain et al. 2023,
+/// <https://arxiv.org/abs/2310.05914>).
+#[derive(Debug, Clone, Copy)]
+pub struct EmbeddingNoise {
+    /// Its size: numbers are within `alpha / sqrt(L d)` of zero, for a record of `L` tokens and
+    /// embeddings of `d` numbers.
+    pub alpha: f64,
+    /// Where in the run it belongs.
+    pub key: DropoutKey,
+}
+
+impl EmbeddingNoise {
+    /// `x`, `[tokens, d]`, with its noise; `documents` are the rows of each record, one after another.
+    pub fn apply(&self, x: Tensor<2>, documents: &[Range<usize>]) -> Tensor<2> {
+        let [tokens, d] = x.dims();
+        let device = x.device();
+        let bound = |document: &Range<usize>| (self.alpha / ((document.len() * d) as f64).sqrt()) as f32;
+        let bounds: Vec<f32> = documents.iter().flat_map(|doc| doc.clone().map(|_| bound(doc))).collect();
+        let bounds = Tensor::<2>::from_data(TensorData::new(bounds, [tokens, 1]), &device);
+        x + uniform([tokens, d], [-1.0, 1.0], &(self.key, "embeddings"), &device) * bounds
     }
 }

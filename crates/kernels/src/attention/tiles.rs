@@ -4,7 +4,7 @@
 //!
 //! A task is one key head in one span. Its query heads are stacked into taller products. A tile
 //! sees all its keys at once, so that nothing is ever rescaled; keys in the future of all its
-//! queries are not looked at.
+//! queries, or before the window of all of them, are not looked at.
 
 use std::ops::Range;
 
@@ -12,10 +12,11 @@ use rayon::prelude::*;
 
 use super::Span;
 use super::heads::{Part, Shared, fetch};
-use super::product::{Matrix, multiply};
-use super::softmax::{exponentials, exponentials_below, pull_back};
+use super::scoring::{Scoring, cap};
 use crate::frozen::wide::widest;
+use crate::product::{Matrix, multiply};
 use crate::rewritten::Rewritten;
+use crate::softmax::{exponentials, exponentials_below, pull_back};
 
 /// Rows of a tile, its queries times the query heads that share a key head: enough to keep a
 /// product busy, few enough that its scores stay in a core's cache.
@@ -32,31 +33,37 @@ pub struct Widths {
     pub dim: usize,
 }
 
-/// `softmax(q k^T / sqrt(dim)) v` in place of `q`. Returns the logarithm of each query's sum of
+/// `softmax(scores) v` in place of `q`. Returns the logarithm of each query's sum of
 /// exponentials, `[query tokens, heads]`.
 ///
 /// # Shapes
 /// - q: `[query tokens, heads, dim]`; k, v: `[key tokens, kv_heads, dim]`
 /// - spans: disjoint in queries
-pub fn forward(q: Rewritten, [k, v]: [&[f32]; 2], widths: Widths, spans: &[Span]) -> Vec<f32> {
+pub fn forward(
+    q: Rewritten,
+    [k, v]: [&[f32]; 2],
+    widths: Widths,
+    spans: &[Span],
+    scoring: Scoring,
+) -> Vec<f32> {
     let dim = widths.dim;
     let mut log_sums = vec![0.0; q.len() / dim];
     let q = Shared::new(q);
     let all_log_sums = Shared::new(Rewritten::in_place(&mut log_sums));
-    tasks(spans, widths).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+    tasks(spans, widths, scoring).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
         // SAFETY: tasks have other spans, disjoint in queries, or other heads.
         #[allow(unsafe_code)]
         let (mut q, mut log_sums) =
             unsafe { (q.part(task.queries(dim)), all_log_sums.part(task.queries(1))) };
-        let Scratch { q: tile_q, scores, products, sums, log_sums: tops, .. } = scratch;
+        let Scratch { q: tile_q, scores, caps, products, sums, log_sums: tops, .. } = scratch;
         for tile in task.tiles() {
             q.fetch(tile.queries.clone(), tile_q);
-            score(tile_q, task.keys(k, &tile), scores);
+            task.score(tile_q, task.keys(k, &tile), scores, caps);
             sums.clear();
             let rows = task.rows(&tile, scores);
             widest(|| sums.extend(rows.map(|(row, sees)| exponentials(row, sees))));
             let products = resized(products, tile_q.len());
-            multiply(Matrix::rows(scores, tile.keys), task.keys(v, &tile), products, false);
+            multiply(Matrix::rows(scores, tile.keys.len()), task.keys(v, &tile), products, false);
             for (row, (_, sum)) in products.chunks_exact_mut(dim).zip(&*sums) {
                 for x in row {
                     *x /= sum;
@@ -73,22 +80,30 @@ pub fn forward(q: Rewritten, [k, v]: [&[f32]; 2], widths: Widths, spans: &[Span]
 
 /// The gradients at `q`, `k` and `v`, each in its place, from the `log_sums` of [`forward`].
 ///
-/// With `P` the softmax and `S` the scores: `dV = P^T dO`, `dP = dO V^T`,
-/// `dS = P * (dP - sum(P * dP))`, `dQ = dS K / sqrt(dim)`, `dK = dS^T Q / sqrt(dim)`.
+/// With `P` the softmax and `S` the scores, before they are capped: `dV = P^T dO`, `dP = dO V^T`,
+/// `dS = P * (dP - sum(P * dP))`, times the slope of the cap, `dQ = dS K * scale`,
+/// `dK = dS^T Q * scale`.
 ///
 /// # Shapes
 /// - as for [`forward`], `dy` as its result
 /// - spans: disjoint in queries and in keys
-pub fn backward(numbers: [Rewritten; 3], log_sums: &[f32], dy: &[f32], widths: Widths, spans: &[Span]) {
+pub fn backward(
+    numbers: [Rewritten; 3],
+    log_sums: &[f32],
+    dy: &[f32],
+    widths: Widths,
+    spans: &[Span],
+    scoring: Scoring,
+) {
     let dim = widths.dim;
     let [q, k, v] = numbers.map(Shared::new);
-    tasks(spans, widths).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+    tasks(spans, widths, scoring).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
         // SAFETY: tasks have other spans, disjoint in queries and in keys, or other heads.
         #[allow(unsafe_code)]
         let (mut q, mut k, mut v) =
             unsafe { (q.part(task.queries(dim)), k.part(task.all_keys()), v.part(task.all_keys())) };
         let Scratch { q: tile_q, k: keys, v: values, dk, dv, dy: tile_dy, log_sums: tops, .. } = scratch;
-        let Scratch { scores, slopes, products, .. } = scratch;
+        let Scratch { scores, caps, slopes, products, .. } = scratch;
         k.fetch(task.span.keys.clone(), keys);
         v.fetch(task.span.keys.clone(), values);
         for gradient in [&mut *dk, &mut *dv] {
@@ -96,26 +111,30 @@ pub fn backward(numbers: [Rewritten; 3], log_sums: &[f32], dy: &[f32], widths: W
             gradient.resize(keys.len(), 0.0);
         }
         for tile in task.tiles() {
-            let sees = tile.keys * dim;
+            let seen = tile.keys.start * dim..tile.keys.end * dim;
             q.fetch(tile.queries.clone(), tile_q);
             fetch(dy, &task.queries(dim).at(tile.queries.clone()), tile_dy);
             fetch(log_sums, &task.queries(1).at(tile.queries.clone()), tops);
-            let (keys, values) = (Matrix::rows(&keys[..sees], dim), Matrix::rows(&values[..sees], dim));
+            let [keys, values] = [&keys, &values].map(|all| Matrix::rows(&all[seen.clone()], dim));
 
             let dy = Matrix::rows(tile_dy, dim);
-            score(tile_q, keys, scores);
+            task.score(tile_q, keys, scores, caps);
             let rows = task.rows(&tile, scores).zip(&*tops);
             widest(|| rows.for_each(|((row, sees), top)| _ = exponentials_below(row, sees, *top)));
-            multiply(Matrix::rows(scores, tile.keys).transposed(), dy, &mut dv[..sees], true);
+            let width = tile.keys.len();
+            multiply(Matrix::rows(scores, width).transposed(), dy, &mut dv[seen.clone()], true);
             let slopes = resized(slopes, scores.len());
             multiply(dy, values.transposed(), slopes, false);
-            let rows = scores.chunks_exact(tile.keys).zip(slopes.chunks_exact_mut(tile.keys));
+            let rows = scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width));
             widest(|| rows.for_each(|(weights, slopes)| pull_back(weights, slopes)));
-            let slopes = Matrix::rows(slopes, tile.keys);
-            multiply(slopes.transposed(), Matrix::rows(tile_q, dim), &mut dk[..sees], true);
+            for (slope, cap) in slopes.iter_mut().zip(&*caps) {
+                *slope *= cap;
+            }
+            let slopes = Matrix::rows(slopes, width);
+            multiply(slopes.transposed(), Matrix::rows(tile_q, dim), &mut dk[seen], true);
             let products = resized(products, tile_q.len());
             multiply(slopes, keys, products, false);
-            scale(products, dim);
+            scale(products, scoring.scale);
             q.store(tile.queries, products);
         }
         k.store(task.span.keys.clone(), dk);
@@ -129,20 +148,21 @@ struct Task<'a> {
     span: &'a Span,
     kv_head: usize,
     widths: Widths,
+    scoring: Scoring,
 }
 
 /// Some queries of a task.
 struct Tile {
     /// Their rows.
     queries: Range<usize>,
-    /// How many keys the first of them sees.
-    first_sees: usize,
-    /// How many keys the last of them sees.
-    keys: usize,
+    /// How many keys are there so far for the first of them.
+    so_far: usize,
+    /// The keys that any of them sees, counted from the span's first.
+    keys: Range<usize>,
 }
 
-fn tasks(spans: &[Span], widths: Widths) -> Vec<Task<'_>> {
-    let heads = |span| (0..widths.kv_heads).map(move |kv_head| Task { span, kv_head, widths });
+fn tasks(spans: &[Span], widths: Widths, scoring: Scoring) -> Vec<Task<'_>> {
+    let heads = |span| (0..widths.kv_heads).map(move |kv_head| Task { span, kv_head, widths, scoring });
     spans.iter().flat_map(heads).collect()
 }
 
@@ -168,45 +188,51 @@ impl Task<'_> {
     /// The keys that `tile` sees, or their values, where they lie.
     fn keys<'v>(&self, values: &'v [f32], tile: &Tile) -> Matrix<'v> {
         let Widths { kv_heads, dim, .. } = self.widths;
-        let start = (self.span.keys.start * kv_heads + self.kv_head) * dim;
-        Matrix::new(&values[start..], [tile.keys, dim], kv_heads * dim)
+        let start = ((self.span.keys.start + tile.keys.start) * kv_heads + self.kv_head) * dim;
+        Matrix::new(&values[start..], [tile.keys.len(), dim], kv_heads * dim)
     }
 
     fn tiles(&self) -> impl Iterator<Item = Tile> + use<> {
         let Span { queries, keys } = self.span.clone();
-        let tokens = (ROWS / self.group()).max(1);
+        let (tokens, scoring) = ((ROWS / self.group()).max(1), self.scoring);
         // The last key belongs to the last query.
         let before = keys.len() - queries.len();
         (0..queries.len()).step_by(tokens).map(move |start| {
             let end = queries.len().min(start + tokens);
             let rows = queries.start + start..queries.start + end;
-            Tile { queries: rows, first_sees: before + start + 1, keys: before + end }
+            let so_far = before + start + 1;
+            Tile { queries: rows, so_far, keys: scoring.first(so_far)..before + end }
         })
     }
 
-    /// Each row of a tile's scores, with how many keys it sees.
+    /// Each row of a tile's scores, with those of the tile's keys that it sees.
     fn rows<'s>(
         &self,
         tile: &Tile,
         scores: &'s mut [f32],
-    ) -> impl Iterator<Item = (&'s mut [f32], usize)> + use<'s> {
-        let (group, first) = (self.group(), tile.first_sees);
-        let rows = scores.chunks_exact_mut(tile.keys).enumerate();
-        rows.map(move |(row, scores)| (scores, first + row / group))
+    ) -> impl Iterator<Item = (&'s mut [f32], Range<usize>)> + use<'s> {
+        let (group, scoring, so_far, first) = (self.group(), self.scoring, tile.so_far, tile.keys.start);
+        let rows = scores.chunks_exact_mut(tile.keys.len()).enumerate();
+        rows.map(move |(row, scores)| {
+            let so_far = so_far + row / group;
+            (scores, scoring.first(so_far) - first..so_far - first)
+        })
+    }
+
+    /// `scores = q k^T * scale`, capped where they are to be; then `caps` are the slopes of the cap,
+    /// otherwise they stay empty. Scales `q`.
+    fn score(&self, q: &mut [f32], keys: Matrix, scores: &mut Vec<f32>, caps: &mut Vec<f32>) {
+        let [tokens, dim] = keys.shape();
+        scale(q, self.scoring.scale);
+        let rows = q.len() / dim;
+        multiply(Matrix::rows(q, dim), keys.transposed(), resized(scores, rows * tokens), false);
+        if let Some(soft_cap) = self.scoring.soft_cap {
+            cap(scores, soft_cap, caps);
+        }
     }
 }
 
-/// `scores = q k^T / sqrt(dim)`; divides `q`.
-fn score(q: &mut [f32], keys: Matrix, scores: &mut Vec<f32>) {
-    let [tokens, dim] = keys.shape();
-    scale(q, dim);
-    let rows = q.len() / dim;
-    multiply(Matrix::rows(q, dim), keys.transposed(), resized(scores, rows * tokens), false);
-}
-
-/// Divides by `sqrt(dim)`.
-fn scale(values: &mut [f32], dim: usize) {
-    let scale = (dim as f32).sqrt().recip();
+fn scale(values: &mut [f32], scale: f32) {
     for x in values {
         *x *= scale;
     }
@@ -230,6 +256,7 @@ struct Scratch {
     log_sums: Vec<f32>,
     sums: Vec<(f32, f32)>,
     scores: Vec<f32>,
+    caps: Vec<f32>,
     slopes: Vec<f32>,
     products: Vec<f32>,
 }

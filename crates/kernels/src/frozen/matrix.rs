@@ -4,7 +4,7 @@ use bytes::Bytes;
 use rayon::prelude::*;
 
 use super::bf16_tiles::round;
-use super::nf4::Nf4Parts;
+use super::nf4::{Nf4Parts, Nf4Scales};
 use super::{Format, FrozenError, dense, ggml, int8};
 
 /// A frozen matrix `[rows, cols]` in host memory, mapped or owned, in the format it is kept in.
@@ -126,6 +126,21 @@ impl FrozenMatrix {
             Values::Int8 { codes, scales } => [Some(codes), Some(scales), None],
         };
         parts.into_iter().flatten()
+    }
+
+    /// The scales of an NF4 matrix.
+    #[cfg_attr(not(feature = "cube"), allow(dead_code))]
+    pub(super) fn nf4_scales(&self) -> Option<&Nf4Scales> {
+        match &self.values {
+            Values::Nf4(parts) => Some(&parts.scales),
+            _ => None,
+        }
+    }
+
+    /// Rows of a head, where those of its two halves alternate.
+    #[cfg_attr(not(feature = "cube"), allow(dead_code))]
+    pub(super) fn interleaved(&self) -> Option<usize> {
+        self.interleaved
     }
 
     /// What the ends of a range of columns have to be multiples of, unless they are the row's

@@ -2,7 +2,6 @@
 //! autodiff keeps of it is a reference to the matrix.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -12,36 +11,37 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{Tensor, TensorData};
 
-use super::{FrozenMatrix, Precision};
+use super::{FrozenMatrix, FrozenWeight, Precision};
 use crate::direction::Direction;
 use crate::host::Host;
 
-/// `x W^T` or `x W`, with `W` in host memory.
+/// `x W^T` or `x W`, with `W` where it is kept.
 ///
 /// # Shapes
 /// - x and result: `[tokens, in]` and `[tokens, out]`, whichever the direction says
 pub(crate) fn frozen_product(
     x: Tensor<2>,
-    w: &Arc<FrozenMatrix>,
+    w: &FrozenWeight,
     direction: Direction,
     precision: Precision,
 ) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::frozen_product(x.into_dispatch(), Arc::clone(w), direction, precision))
+    Tensor::from_dispatch(Dispatch::frozen_product(x.into_dispatch(), w.clone(), direction, precision))
 }
 
-/// The operation, for every backend. The products run on the host's processor: backends that keep
-/// their tensors elsewhere pay for the way there and back.
+/// The operation, for every backend. CubeCL's cards multiply by themselves; a matrix that still lies
+/// in the host's memory is sent there first. Otherwise the products run on the host's processor:
+/// LibTorch's cards pay for the way there and back.
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     LibTorch: cfg(feature = "tch"),
-    Cube: cfg(any(feature = "cuda", feature = "rocm", feature = "vulkan", feature = "metal")),
+    Cube: cfg(feature = "cube"),
     Autodiff,
 )]
 pub trait FrozenProduct: Backend {
     /// `x W^T` or `x W`, whichever the direction says.
     fn frozen_product(
         x: FloatTensor<Self>,
-        w: Arc<FrozenMatrix>,
+        w: FrozenWeight,
         direction: Direction,
         precision: Precision,
     ) -> FloatTensor<Self>;
@@ -50,27 +50,28 @@ pub trait FrozenProduct: Backend {
 impl<B: Host> FrozenProduct for B {
     fn frozen_product(
         x: FloatTensor<Self>,
-        w: Arc<FrozenMatrix>,
+        w: FrozenWeight,
         direction: Direction,
         precision: Precision,
     ) -> FloatTensor<Self> {
+        let w = w.on_host();
         if !B::lends(&x) {
-            return fetch_and_multiply::<B>(x, &w, direction, precision);
+            return fetch_and_multiply::<B>(x, w, direction, precision);
         }
         let x = B::contiguous(x);
-        B::float_from_data(product(B::numbers(&x), &w, direction, precision), &x.device())
+        B::float_from_data(product(B::numbers(&x), w, direction, precision), &x.device())
     }
 }
 
-#[cfg(any(feature = "cuda", feature = "rocm", feature = "vulkan", feature = "metal"))]
+#[cfg(feature = "cube")]
 impl FrozenProduct for burn::backend::Cube {
     fn frozen_product(
         x: FloatTensor<Self>,
-        w: Arc<FrozenMatrix>,
+        w: FrozenWeight,
         direction: Direction,
         precision: Precision,
     ) -> FloatTensor<Self> {
-        fetch_and_multiply::<Self>(x, &w, direction, precision)
+        w.on_cube(&x.device()).product(x, direction, precision)
     }
 }
 
@@ -93,6 +94,7 @@ fn fetch_and_multiply<B: Backend>(
 
 /// The product of numbers in the host's memory.
 fn product(x: &[f32], w: &FrozenMatrix, direction: Direction, precision: Precision) -> TensorData {
+    let _product = tracing::trace_span!("product").entered();
     let [rows, cols] = w.shape();
     let (result, width) = match direction {
         Direction::Forward => (w.forward(x, precision), rows),
@@ -105,12 +107,12 @@ fn product(x: &[f32], w: &FrozenMatrix, direction: Direction, precision: Precisi
 impl<B: FrozenProduct, C: CheckpointStrategy> FrozenProduct for Autodiff<B, C> {
     fn frozen_product(
         x: FloatTensor<Self>,
-        w: Arc<FrozenMatrix>,
+        w: FrozenWeight,
         direction: Direction,
         precision: Precision,
     ) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([x.node()]).compute_bound().stateful();
-        let y = B::frozen_product(x.into_primitive(), Arc::clone(&w), direction, precision);
+        let y = B::frozen_product(x.into_primitive(), w.clone(), direction, precision);
         match operation {
             OpsKind::Tracked(prep) => prep.finish((w, direction, precision), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
@@ -123,7 +125,7 @@ impl<B: FrozenProduct, C: CheckpointStrategy> FrozenProduct for Autodiff<B, C> {
 struct Recorded;
 
 impl<B: FrozenProduct> Backward<B, 1> for Recorded {
-    type State = (Arc<FrozenMatrix>, Direction, Precision);
+    type State = (FrozenWeight, Direction, Precision);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (w, direction, precision) = ops.state;

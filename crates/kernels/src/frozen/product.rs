@@ -21,8 +21,8 @@ use crate::dot::dot;
 pub enum Precision {
     /// Not rounded at all.
     F32,
-    /// bfloat16, where the processor multiplies it faster ([`Precision::fastest`]); elsewhere the
-    /// products are those of [`Precision::F32`].
+    /// bfloat16, where the processor multiplies it faster ([`Precision::fastest`]) or the card has an
+    /// instruction for it; elsewhere the products are those of [`Precision::F32`].
     Bf16,
 }
 

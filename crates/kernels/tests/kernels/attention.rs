@@ -1,5 +1,5 @@
 use burn::tensor::Tensor;
-use pronk_kernels::{Span, Tracked, attention, pull_back};
+use pronk_kernels::{Scoring, Span, Tracked, attention, pull_back};
 
 use crate::reference::{Input, assert_close, check, devices, dot, host, numbers};
 
@@ -12,19 +12,23 @@ struct Heads {
 }
 
 /// One query, head and key at a time.
-fn reference(q: &[f64], k: &[f64], v: &[f64], heads: Heads, spans: &[Span]) -> Vec<f64> {
+fn reference([q, k, v]: [&[f64]; 3], heads: Heads, spans: &[Span], scoring: Scoring) -> Vec<f64> {
     let Heads { q: n_heads, kv, dim } = heads;
+    let Scoring { scale, soft_cap, window } = scoring;
+    let capped = |score: f64| soft_cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh());
     let row = |token: usize, head: usize, of: usize| (token * of + head) * dim..(token * of + head + 1) * dim;
     let mut out = Vec::new();
     for span in spans {
         // The last key belongs to the last query.
         let before = span.keys.len() - span.queries.len();
         for (i, query) in span.queries.clone().enumerate() {
-            let seen = span.keys.start..=span.keys.start + before + i;
+            let own = span.keys.start + before + i;
+            let first = window.map_or(0, |window| (own + 1).saturating_sub(window));
+            let seen = first.max(span.keys.start)..=own;
             for head in 0..n_heads {
                 let shared = head / (n_heads / kv);
                 let a = &q[row(query, head, n_heads)];
-                let score = |key| (dot(a, &k[row(key, shared, kv)]) / (dim as f64).sqrt()).exp();
+                let score = |key| capped(dot(a, &k[row(key, shared, kv)]) * f64::from(scale)).exp();
                 let scores: Vec<f64> = seen.clone().map(score).collect();
                 let total: f64 = scores.iter().sum();
                 let mut sums = vec![0.0; dim];
@@ -49,16 +53,22 @@ fn inputs(heads: Heads, spans: &[Span]) -> [Input<3>; 3] {
 }
 
 fn check_spans(what: &str, heads: Heads, spans: &[Span]) {
-    let operation = |x: &[Tensor<3>]| attention(x[0].clone(), &x[1], &x[2], spans);
-    check(what, &inputs(heads, spans), operation, |x| reference(&x[0], &x[1], &x[2], heads, spans));
+    check_scoring(what, heads, spans, Scoring::of_heads(heads.dim));
+}
+
+fn check_scoring(what: &str, heads: Heads, spans: &[Span], scoring: Scoring) {
+    let operation = |x: &[Tensor<3>]| attention(x[0].clone(), &x[1], &x[2], spans, scoring);
+    let expected = |x: &[Vec<f64>]| reference([&x[0], &x[1], &x[2]], heads, spans, scoring);
+    check(what, &inputs(heads, spans), operation, expected);
 }
 
 /// For shapes with too many numbers for a slope at each: the result, and the slope along random
 /// directions.
-fn check_large_spans(what: &str, heads: Heads, spans: &[Span]) {
+fn check_large_spans(what: &str, heads: Heads, spans: &[Span], scoring: Scoring) {
     let inputs = inputs(heads, spans);
     let values = inputs.each_ref().map(|input| input.values.clone());
-    let expected = reference(&values[0], &values[1], &values[2], heads, spans);
+    let answer = |x: &[Vec<f64>; 3]| reference(x.each_ref().map(Vec::as_slice), heads, spans, scoring);
+    let expected = answer(&values);
     let weights = numbers(expected.len(), 99);
     let directions = inputs.each_ref().map(|input| numbers(input.values.len(), 7));
     let slopes: Vec<f64> = (0..3)
@@ -66,14 +76,14 @@ fn check_large_spans(what: &str, heads: Heads, spans: &[Span]) {
             let loss = |step: &[f64]| {
                 let mut x = values.clone();
                 x[i].iter_mut().zip(&directions[i]).for_each(|(x, u)| *x += step[0] * u);
-                dot(&reference(&x[0], &x[1], &x[2], heads, spans), &weights)
+                dot(&answer(&x), &weights)
             };
             crate::reference::slopes(loss, &[0.0])[0]
         })
         .collect();
     for (name, device) in devices() {
         let leaves = inputs.each_ref().map(|input| input.on(&device).tracked());
-        let output = attention(leaves[0].clone(), &leaves[1], &leaves[2], spans);
+        let output = attention(leaves[0].clone(), &leaves[1], &leaves[2], spans, scoring);
         assert_close(&format!("{what} on {name}"), &host(&output), &expected);
         let weights = Input { values: weights.clone(), shape: output.dims() }.on(&device);
         let gradients = pull_back(&output, weights);
@@ -117,14 +127,57 @@ fn one_token_and_odd_sizes() {
 #[test]
 fn long_documents_in_several_tiles() {
     let spans = [0..300, 300..301, 301..340].map(Span::document);
-    check_large_spans("attention, 300 tokens, 9 heads on 3", Heads { q: 9, kv: 3, dim: 64 }, &spans);
-    check_large_spans("attention, 300 tokens, 2 heads on 2", Heads { q: 2, kv: 2, dim: 6 }, &spans);
+    for (q, kv, dim) in [(9, 3, 64), (2, 2, 6)] {
+        let what = format!("attention, 300 tokens, {q} heads on {kv}");
+        check_large_spans(&what, Heads { q, kv, dim }, &spans, Scoring::of_heads(dim));
+    }
 }
 
 #[test]
 fn many_new_tokens_behind_a_cache() {
     let spans = [Span { queries: 0..130, keys: 0..201 }];
-    check_large_spans("attention, 130 new tokens", Heads { q: 4, kv: 2, dim: 16 }, &spans);
+    let heads = Heads { q: 4, kv: 2, dim: 16 };
+    check_large_spans("attention, 130 new tokens", heads, &spans, Scoring::of_heads(16));
+}
+
+/// Every combination of a scale, a cap and a window, the last of them wider than any record.
+#[test]
+fn scores_of_every_kind() {
+    let spans = [0..5, 5..6, 6..13].map(Span::document);
+    let cache = [Span { queries: 0..3, keys: 0..9 }];
+    let heads = Heads { q: 4, kv: 2, dim: 3 };
+    for soft_cap in [None, Some(1.5)] {
+        for window in [None, Some(2), Some(4), Some(100)] {
+            for scale in [0.25, 1.0] {
+                let scoring = Scoring { scale, soft_cap, window };
+                check_scoring(&format!("attention, {scoring:?}"), heads, &spans, scoring);
+                check_scoring(&format!("attention, cache, {scoring:?}"), heads, &cache, scoring);
+            }
+        }
+    }
+}
+
+/// No slopes to compare here: a query that sees itself alone passes no gradient to its score.
+#[test]
+fn a_window_of_one_token_copies_its_value() {
+    let spans = [Span::document(0..5)];
+    let scoring = Scoring { window: Some(1), ..Scoring::of_heads(2) };
+    for (_, device) in devices() {
+        let [q, k, v] = inputs(Heads { q: 1, kv: 1, dim: 2 }, &spans).map(|input| input.on(&device));
+        assert_eq!(host(&attention(q, &k, &v, &spans, scoring)), host(&v));
+    }
+}
+
+#[test]
+fn windows_and_caps_over_several_tiles() {
+    let spans = [0..300, 300..301, 301..340].map(Span::document);
+    let cache = [Span { queries: 0..130, keys: 0..201 }];
+    let heads = Heads { q: 4, kv: 2, dim: 16 };
+    for (soft_cap, window) in [(None, Some(7)), (None, Some(100)), (Some(2.0), Some(60)), (Some(2.0), None)] {
+        let scoring = Scoring { scale: 0.3, soft_cap, window };
+        check_large_spans(&format!("attention, 300 tokens, {scoring:?}"), heads, &spans, scoring);
+        check_large_spans(&format!("attention, 130 new tokens, {scoring:?}"), heads, &cache, scoring);
+    }
 }
 
 #[test]

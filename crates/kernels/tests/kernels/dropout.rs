@@ -1,5 +1,5 @@
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Dropout, DropoutKey, Tracked, pull_back};
+use pronk_kernels::{Dropout, DropoutKey, EmbeddingNoise, Tracked, pull_back};
 
 use crate::reference::{Input, assert_close, devices, host};
 
@@ -78,5 +78,25 @@ fn the_gradient_passes_through_the_same_mask() {
             &host(&gradient),
             &through(weights.values),
         );
+    }
+}
+
+#[test]
+fn noise_on_embeddings_is_as_large_as_its_record_is_short() {
+    for (name, device) in devices() {
+        let noise = |step| EmbeddingNoise { alpha: 5.0, key: DropoutKey { seed: 1, step, micro_batch: 0 } };
+        let x = Tensor::<2>::zeros([50, 64], &device);
+        let noisy = |step| host(&noise(step).apply(x.clone(), &[0..10, 10..50]));
+        let found = noisy(0);
+        assert_eq!(found, noisy(0), "{name}: another run sees the same");
+        assert_ne!(found, noisy(1));
+        for (part, length) in [(&found[..640], 10.0), (&found[640..], 40.0)] {
+            let bound = 5.0 / (length * 64.0_f64).sqrt();
+            let largest = part.iter().fold(0.0_f64, |most, x| most.max(x.abs()));
+            assert!(largest <= bound * 1.000_01 && largest > 0.98 * bound, "{name}: {largest} {bound}");
+            let mean = part.iter().sum::<f64>() / part.len() as f64;
+            // Within five standard errors of a uniform number's mean.
+            assert!(mean.abs() < 5.0 * bound / (3.0 * part.len() as f64).sqrt(), "{name}: {mean}");
+        }
     }
 }

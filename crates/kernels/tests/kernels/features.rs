@@ -1,9 +1,9 @@
 //! The operations that take one token at a time.
 
 use burn::tensor::Tensor;
-use pronk_kernels::{FrozenLinear, rms_norm, swiglu};
+use pronk_kernels::{Activation, FrozenLinear, glu, rms_norm, soft_cap};
 
-use crate::reference::{Input, check, devices, dot, host};
+use crate::reference::{Input, assert_close, check, devices, dot, host};
 
 #[test]
 fn rms_norm_scales_by_the_root_mean_square() {
@@ -32,8 +32,34 @@ fn swiglu_gates() {
             let gated = x[0].iter().zip(&x[1]).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up);
             gated.collect()
         };
-        let operation = |x: &[Tensor<2>]| swiglu(x[0].clone(), x[1].clone());
+        let operation = |x: &[Tensor<2>]| glu(x[0].clone(), x[1].clone(), Activation::Silu);
         check(&format!("swiglu, gates to {widest}"), &inputs, operation, reference);
+    }
+}
+
+#[test]
+fn geglu_gates() {
+    for (shape, widest) in [([5, 13], 6.0), ([1, 16], 1.0), ([3, 7], 200.0)] {
+        let inputs = [Input::random(shape, 1).scaled(widest), Input::random(shape, 2)];
+        let gelu = |x: f64| {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
+        };
+        let reference = |x: &[Vec<f64>]| x[0].iter().zip(&x[1]).map(|(gate, up)| gelu(*gate) * up).collect();
+        let operation = |x: &[Tensor<2>]| glu(x[0].clone(), x[1].clone(), Activation::GeluTanh);
+        check(&format!("geglu, gates to {widest}"), &inputs, operation, reference);
+    }
+}
+
+#[test]
+fn a_soft_cap_keeps_logits_within_it() {
+    for (shape, cap, widest) in [([5, 13], 30.0, 90.0), ([1, 16], 50.0, 1.0), ([3, 7], 0.5, 1e6)] {
+        let x = Input::random(shape, 1).scaled(widest);
+        let expected: Vec<f64> =
+            x.values.iter().map(|x| f64::from(cap) * (x / f64::from(cap)).tanh()).collect();
+        for (name, device) in devices() {
+            let found = host(&soft_cap(x.on(&device), cap));
+            assert_close(&format!("soft cap at {cap} on {name}"), &found, &expected);
+        }
     }
 }
 

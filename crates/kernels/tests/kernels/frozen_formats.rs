@@ -101,7 +101,7 @@ fn single_precision_stays_as_it_is() {
 }
 
 /// Random blocks whose scales, at the offsets that the format has them, are finite.
-fn random_blocks(format: Format, blocks: usize, seed: u64) -> Vec<u8> {
+pub fn random_blocks(format: Format, blocks: usize, seed: u64) -> Vec<u8> {
     let scales: &[usize] = match format {
         Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => &[0],
         Format::Q6K => &[208],

@@ -10,11 +10,12 @@ use pronk_kernels::{
     Format, FrozenLinear, FrozenMatrix, Precision, Tracked, pull_back, quantize_int8, quantize_nf4,
 };
 
+use crate::frozen_formats::random_blocks;
 use crate::reference::{assert_close, devices, host, numbers};
 
-/// A matrix of every kind that can be made from floats, and two of llama.cpp's. Shapes that fill
+/// A matrix of every kind that can be made from floats, and one of each of llama.cpp's. Shapes that fill
 /// no tile, or just one.
-fn matrices() -> Vec<FrozenMatrix> {
+pub fn matrices() -> Vec<FrozenMatrix> {
     let mut all = Vec::new();
     for [rows, cols] in [[1, 1], [7, 33], [64, 64], [65, 130], [130, 600], [300, 257]] {
         let values: Vec<f32> = numbers(rows * cols, 7).into_iter().map(|x| x as f32).collect();
@@ -29,15 +30,19 @@ fn matrices() -> Vec<FrozenMatrix> {
         let (codes, scales) = quantize_int8(&values, rows);
         all.push(FrozenMatrix::int8([rows, cols], codes, scales).unwrap());
     }
-    for (format, cols) in [(Format::Q4_0, 96), (Format::Q8_0, 544), (Format::Q4K, 768), (Format::Q6K, 512)] {
+    let ggml = [
+        (Format::Q4_0, 96),
+        (Format::Q4_1, 64),
+        (Format::Q5_0, 160),
+        (Format::Q5_1, 32),
+        (Format::Q8_0, 544),
+        (Format::Q4K, 768),
+        (Format::Q5K, 256),
+        (Format::Q6K, 512),
+    ];
+    for (format, cols) in ggml {
         let rows = 66;
-        let mut state = 1_u32;
-        let noise = std::iter::repeat_with(|| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            // Scales of few and small exponents, so that no float16 among them is huge or NaN.
-            ((state >> 24) as u8) & 0x3b
-        });
-        let blocks: Vec<u8> = noise.take(format.bytes_for(rows, cols)).collect();
+        let blocks = random_blocks(format, format.bytes_for(rows, cols) / format.bytes_for(1, 1), 5);
         let matrix = FrozenMatrix::ggml(format, [rows, cols], blocks.into()).unwrap();
         all.push(if format == Format::Q4_0 { matrix.with_interleaved_heads(22) } else { matrix });
     }
@@ -45,7 +50,7 @@ fn matrices() -> Vec<FrozenMatrix> {
 }
 
 /// The whole matrix in float64.
-fn spelled_out(w: &FrozenMatrix) -> Vec<f64> {
+pub fn spelled_out(w: &FrozenMatrix) -> Vec<f64> {
     let [rows, cols] = w.shape();
     let mut row = vec![0.0; cols];
     let spell = |r| {
@@ -65,12 +70,12 @@ fn rounded(values: &[f64], precision: Precision) -> Vec<f64> {
 }
 
 /// `a b`, `[m, k]` by `[k, n]`, with b's strides.
-fn product(a: &[f64], b: &[f64], [m, n, k]: [usize; 3], (row, column): (usize, usize)) -> Vec<f64> {
+pub fn product(a: &[f64], b: &[f64], [m, n, k]: [usize; 3], (row, column): (usize, usize)) -> Vec<f64> {
     let sum = |i: usize, j: usize| (0..k).map(|t| a[i * k + t] * b[t * row + j * column]).sum::<f64>();
     (0..m * n).map(|at| sum(at / n, at % n)).collect()
 }
 
-fn narrow(values: &[f64]) -> Vec<f32> {
+pub fn narrow(values: &[f64]) -> Vec<f32> {
     values.iter().map(|&x| x as f32).collect()
 }
 

@@ -3,7 +3,8 @@
 
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::{
-    RopeScaling, Rotary, RotaryTables, Span, Tracked, attention, plain, pull_back, rms_norm, swiglu,
+    Activation, RopeScaling, Rotary, RotaryTables, Scoring, Span, Tracked, attention, glu, plain, pull_back,
+    rms_norm,
 };
 
 use crate::reference::{Input, assert_close, devices, host, numbers};
@@ -73,19 +74,20 @@ fn norms() {
 
 #[test]
 fn gates() {
-    for shape in [[41, 1237], [1, 3]] {
+    let activations = [Activation::Silu, Activation::GeluTanh];
+    for (shape, activation) in [[41, 1237], [1, 3]].into_iter().flat_map(|s| activations.map(|a| (s, a))) {
         let inputs = [Input::random(shape, 1).scaled(10.0), Input::random(shape, 2)];
         let two = |x: Vec<Tensor<2>>| <[Tensor<2>; 2]>::try_from(x).unwrap();
         agree(
-            "swiglu",
+            &format!("{activation:?} gates"),
             &inputs,
             &|x| {
                 let [gate, up] = two(x);
-                swiglu(gate, up)
+                glu(gate, up, activation)
             },
             &|x| {
                 let [gate, up] = two(x);
-                plain::swiglu(gate, up)
+                plain::glu(gate, up, activation)
             },
         );
     }
@@ -114,7 +116,12 @@ fn attentions() {
     let [heads, kv_heads, dim] = HEADS;
     let documents = [0..3, 3..4, 4..150].map(Span::document).to_vec();
     let cache = vec![Span { queries: 0..45, keys: 0..70 }];
-    for spans in [documents, cache] {
+    let plain_scores = Scoring::of_heads(dim);
+    let all_at_once = Scoring { scale: 0.4, soft_cap: Some(2.0), window: Some(33) };
+    for (spans, scoring) in [documents, cache]
+        .into_iter()
+        .flat_map(|s| [plain_scores, all_at_once].map(|scoring| (s.clone(), scoring)))
+    {
         let (queries, keys) = spans.last().map(|span| (span.queries.end, span.keys.end)).unwrap();
         let inputs = [
             Input::random([queries, heads, dim], 1).scaled(3.0),
@@ -123,15 +130,15 @@ fn attentions() {
         ];
         let three = |x: Vec<Tensor<3>>| <[Tensor<3>; 3]>::try_from(x).unwrap();
         agree(
-            "attention",
+            &format!("attention, {scoring:?}"),
             &inputs,
             &|x| {
                 let [q, k, v] = three(x);
-                attention(q, &k, &v, &spans)
+                attention(q, &k, &v, &spans, scoring)
             },
             &|x| {
                 let [q, k, v] = three(x);
-                plain::attention(&q, &k, &v, &spans)
+                plain::attention(&q, &k, &v, &spans, scoring)
             },
         );
     }

@@ -8,7 +8,11 @@ mod cross_entropy;
 mod dropout;
 mod features;
 mod frozen_formats;
+#[cfg(feature = "cubecl-cpu")]
+mod frozen_on_cards;
 mod frozen_products;
 mod lent;
+mod low_rank;
+mod optimizers;
 mod reference;
 mod rotary;

@@ -1,4 +1,6 @@
-//! Softmax of rows, and its pullback, where a row sees only its first scores.
+//! Softmax of rows, and its pullback, where a row sees only some of its scores.
+
+use std::ops::Range;
 
 use crate::exp::exp;
 
@@ -6,18 +8,20 @@ use crate::exp::exp;
 /// the same everywhere.
 const LANES: usize = 16;
 
-/// Replaces the first `sees` scores by their exponentials, divided by the largest, and the others
+/// Replaces the scores in `sees` by their exponentials, divided by the largest, and the others
 /// by zero. Returns the largest score and the sum.
 #[inline(always)]
-pub fn exponentials(scores: &mut [f32], sees: usize) -> (f32, f32) {
-    let top = largest(&scores[..sees]);
+pub fn exponentials(scores: &mut [f32], sees: Range<usize>) -> (f32, f32) {
+    let top = largest(&scores[sees.clone()]);
     (top, exponentials_below(scores, sees, top))
 }
 
-/// Replaces the first `sees` scores by `exp(score - top)`, the others by zero. Returns the sum.
+/// Replaces the scores in `sees` by `exp(score - top)`, the others by zero. Returns the sum.
 #[inline(always)]
-pub fn exponentials_below(scores: &mut [f32], sees: usize, top: f32) -> f32 {
-    let (seen, future) = scores.split_at_mut(sees);
+pub fn exponentials_below(scores: &mut [f32], sees: Range<usize>, top: f32) -> f32 {
+    let (scores, future) = scores.split_at_mut(sees.end);
+    let (past, seen) = scores.split_at_mut(sees.start);
+    past.fill(0.0);
     future.fill(0.0);
     let mut sums = [0.0_f32; LANES];
     let (lanes, rest) = seen.as_chunks_mut::<LANES>();

@@ -1,0 +1,207 @@
+//! Every operation on the shapes of SmolLM2-135M and Llama-2-7B, with its floor beside it: what the same bytes take
+//! to be copied, or the rate of the largest product. Bytes count what has to be read and written once, items are
+//! floating-point operations.
+//!
+//!     cargo bench --package pronk-kernels --features flex
+#![allow(clippy::unwrap_used)] // a benchmark reports by panicking
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use bytes::Bytes;
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+use pronk_kernels::{
+    Format, FrozenLinear, FrozenMatrix, Precision, Scoring, Span, Tracked, pull_back, quantize_nf4,
+};
+
+/// Tokens of a micro-batch: eight records of Alpaca.
+const TOKENS: usize = 1024;
+/// Tokens of a record.
+const RECORD: usize = 128;
+/// Sizes of a decoder.
+const SMALL: Shape = Shape { hidden: 576, inner: 1536, heads: 9, kv_heads: 3, dim: 64 };
+const LARGE: Shape = Shape { hidden: 4096, inner: 11008, heads: 32, kv_heads: 32, dim: 128 };
+
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    hidden: usize,
+    inner: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+fn main() {
+    divan::main();
+}
+
+fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Uniform(-1.0, 1.0), &Device::flex())
+}
+
+fn bytes_of(numbers: usize) -> BytesCount {
+    BytesCount::new(numbers * size_of::<f32>())
+}
+
+/// The floor of what only reads and writes: as many numbers, copied.
+fn copy(bencher: Bencher, numbers: usize) {
+    let (from, mut to) = (vec![1.0_f32; numbers / 2], vec![0.0_f32; numbers / 2]);
+    bencher.counter(bytes_of(numbers)).bench_local(|| divan::black_box(&mut to).copy_from_slice(&from));
+}
+
+mod rms_norm {
+    use super::*;
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward(bencher: Bencher, shape: Shape) {
+        let (x, weight) = (random([TOKENS, shape.hidden]), random([shape.hidden]));
+        let norm = || pronk_kernels::rms_norm(x.clone(), &weight, 1e-5);
+        bencher.counter(bytes_of(2 * TOKENS * shape.hidden)).bench_local(norm);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn floor(bencher: Bencher, shape: Shape) {
+        copy(bencher, 2 * TOKENS * shape.hidden);
+    }
+}
+
+mod glu {
+    use super::*;
+    use pronk_kernels::Activation;
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward(bencher: Bencher, shape: Shape) {
+        let [gate, up] = [random([TOKENS, shape.inner]), random([TOKENS, shape.inner])];
+        let glu = || pronk_kernels::glu(gate.clone(), up.clone(), Activation::Silu);
+        bencher.counter(bytes_of(3 * TOKENS * shape.inner)).bench_local(glu);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn floor(bencher: Bencher, shape: Shape) {
+        copy(bencher, 3 * TOKENS * shape.inner);
+    }
+}
+
+mod add_low_rank {
+    use super::*;
+
+    const RANK: usize = 8;
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward(bencher: Bencher, shape: Shape) {
+        let [y, x] = [random([TOKENS, shape.hidden]), random([TOKENS, shape.hidden])];
+        let (a, b) = (random([RANK, shape.hidden]), random([shape.hidden, RANK]));
+        let add = || pronk_kernels::add_low_rank(y.clone(), x.clone(), &a, &b, 2.0);
+        bencher.counter(bytes_of(3 * TOKENS * shape.hidden)).bench_local(add);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn floor(bencher: Bencher, shape: Shape) {
+        copy(bencher, 3 * TOKENS * shape.hidden);
+    }
+}
+
+mod attention {
+    use super::*;
+
+    fn heads(shape: Shape) -> [Tensor<3>; 3] {
+        let [q, kv] = [shape.heads, shape.kv_heads].map(|heads| [TOKENS, heads, shape.dim]);
+        [random(q), random(kv), random(kv)]
+    }
+
+    fn spans() -> Vec<Span> {
+        (0..TOKENS).step_by(RECORD).map(|start| Span::document(start..start + RECORD)).collect()
+    }
+
+    /// Two products over the keys that a query sees, half a record's on average.
+    fn operations(shape: Shape) -> ItemsCount {
+        ItemsCount::new(2 * 2 * TOKENS * shape.heads * shape.dim * RECORD.div_ceil(2))
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward(bencher: Bencher, shape: Shape) {
+        let ([q, k, v], spans) = (heads(shape), spans());
+        let scoring = Scoring::of_heads(shape.dim);
+        let attend = || pronk_kernels::attention(q.clone(), &k, &v, &spans, scoring);
+        bencher.counter(operations(shape)).bench_local(attend);
+    }
+
+    /// Forwards and backwards.
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn gradient(bencher: Bencher, shape: Shape) {
+        let (inputs, spans) = (heads(shape), spans());
+        let gradient: Tensor<2> = random([TOKENS, shape.heads * shape.dim]);
+        let scoring = Scoring::of_heads(shape.dim);
+        bencher.counter(operations(shape)).bench_local(|| {
+            let [q, k, v] = inputs.clone().map(Tracked::tracked);
+            pull_back(&pronk_kernels::attention(q, &k, &v, &spans, scoring), gradient.clone())
+        });
+    }
+}
+
+mod cross_entropy {
+    use super::*;
+
+    const VOCAB: usize = 32_000;
+
+    /// Forwards and backwards through the output projection.
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn gradient(bencher: Bencher, shape: Shape) {
+        let head = frozen(Format::Bf16, [VOCAB, shape.hidden]);
+        let hidden = random([TOKENS / 2, shape.hidden]);
+        let targets: Vec<u32> = (0..TOKENS as u32 / 2).map(|i| i * 61 % VOCAB as u32).collect();
+        let loss = || pronk_kernels::cross_entropy(&hidden, &head, &targets, None, true);
+        bencher.counter(ItemsCount::new(2 * TOKENS * VOCAB * shape.hidden)).bench_local(loss);
+    }
+}
+
+fn frozen(format: Format, shape: [usize; 2]) -> FrozenLinear {
+    let numbers: Vec<f32> = random(shape).into_data().try_into_vec().unwrap();
+    let matrix = match format {
+        Format::Nf4 => FrozenMatrix::nf4(shape, quantize_nf4(&numbers, true)).unwrap(),
+        _ => {
+            let halves = numbers.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes());
+            FrozenMatrix::dense(Format::Bf16, shape, Bytes::from_iter(halves)).unwrap()
+        }
+    };
+    FrozenLinear::on_host(Arc::new(matrix), Precision::fastest(), None)
+}
+
+/// Products with the largest matrix of a block. Their floor is the processor's peak, to which `peak` comes closest.
+mod frozen_product {
+    use super::*;
+
+    fn product(bencher: Bencher, format: Format, [out, inputs]: [usize; 2], tokens: usize, back: bool) {
+        let linear = frozen(format, [out, inputs]);
+        let x = random([tokens, if back { out } else { inputs }]);
+        let run = || if back { linear.backward(x.clone()) } else { linear.forward(x.clone()) };
+        bencher.counter(ItemsCount::new(2 * tokens * out * inputs)).bench_local(run);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward_bf16(bencher: Bencher, shape: Shape) {
+        product(bencher, Format::Bf16, [shape.inner, shape.hidden], TOKENS, false);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn backward_bf16(bencher: Bencher, shape: Shape) {
+        product(bencher, Format::Bf16, [shape.inner, shape.hidden], TOKENS, true);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward_nf4(bencher: Bencher, shape: Shape) {
+        product(bencher, Format::Nf4, [shape.inner, shape.hidden], TOKENS, false);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn backward_nf4(bencher: Bencher, shape: Shape) {
+        product(bencher, Format::Nf4, [shape.inner, shape.hidden], TOKENS, true);
+    }
+
+    /// So many tokens that what is done once for the matrix does not count.
+    #[divan::bench]
+    fn peak(bencher: Bencher) {
+        product(bencher, Format::Bf16, [2048, 2048], 8 * TOKENS, false);
+    }
+}
