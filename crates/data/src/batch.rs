@@ -1,5 +1,6 @@
 //! Rows laid end to end: a batch without a single padding token.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use crate::example::ExampleView;
@@ -72,6 +73,54 @@ impl PackedBatch {
     }
 }
 
+/// How the rows of an optimizer step are shared out among micro-batches. It decides how much memory
+/// they take and how fast they go, never what they learn: the step's loss is that of all its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MicroBatches {
+    /// So many tokens at most, whichever rows they are of. A row that is longer has one of its own.
+    Packed {
+        /// Tokens of a micro-batch.
+        tokens: usize,
+    },
+    /// So many rows, of like length.
+    Grouped {
+        /// Rows of a micro-batch.
+        rows: usize,
+    },
+}
+
+impl MicroBatches {
+    /// Shares out rows of these `lengths`: the indices of each micro-batch. Longest first, and
+    /// equal ones in order, so that the same rows are always shared out the same way.
+    pub fn share_out(self, lengths: &[usize]) -> Vec<Vec<usize>> {
+        let mut longest_first: Vec<(usize, usize)> = lengths.iter().copied().enumerate().collect();
+        longest_first.sort_by_key(|&(_, length)| Reverse(length));
+        match self {
+            Self::Packed { tokens } => best_fit(&longest_first, tokens),
+            Self::Grouped { rows } => {
+                let indices = |part: &[(usize, usize)]| part.iter().map(|&(index, _)| index).collect();
+                longest_first.chunks(rows.max(1)).map(indices).collect()
+            }
+        }
+    }
+}
+
+/// Best-fit decreasing (Johnson 1974): each row goes where it leaves the least room.
+fn best_fit(longest_first: &[(usize, usize)], tokens: usize) -> Vec<Vec<usize>> {
+    let mut batches: Vec<(usize, Vec<usize>)> = Vec::new(); // the room that is left, and the rows
+    for &(index, length) in longest_first {
+        let with_room = batches.iter_mut().filter(|(room, _)| *room >= length);
+        match with_room.min_by_key(|(room, _)| *room) {
+            Some((room, rows)) => {
+                *room -= length;
+                rows.push(index);
+            }
+            None => batches.push((tokens.saturating_sub(length), vec![index])),
+        }
+    }
+    batches.into_iter().map(|(_, rows)| rows).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,6 +157,23 @@ mod tests {
         let batch = PackedBatch::concat(&[example(&[1, 2], 0), example(&[3, 4], 0)]);
         assert_eq!(batch.loss_mask, [false, true, false, true]);
         assert_eq!(batch.labels(), (vec![0, 2], vec![2, 4]));
+    }
+
+    #[test]
+    fn packing_fills_micro_batches_and_loses_no_row() {
+        let lengths = [30, 70, 20, 50, 50, 120, 80, 70];
+        let packed = MicroBatches::Packed { tokens: 100 }.share_out(&lengths);
+        // 120 is too long for any; 80 + 20, 70 + 30, 70, 50 + 50: as few as can be.
+        assert_eq!(packed, [vec![5], vec![6, 2], vec![1, 0], vec![7], vec![3, 4]]);
+        let wide = MicroBatches::Packed { tokens: 1000 }.share_out(&lengths);
+        assert_eq!(wide, [[5, 6, 1, 7, 3, 4, 0, 2]]);
+        assert!(MicroBatches::Packed { tokens: 100 }.share_out(&[]).is_empty());
+    }
+
+    #[test]
+    fn grouping_puts_like_lengths_together() {
+        let grouped = MicroBatches::Grouped { rows: 2 }.share_out(&[5, 90, 6, 91, 7]);
+        assert_eq!(grouped, [vec![3, 1], vec![4, 2], vec![0]]);
     }
 
     #[test]

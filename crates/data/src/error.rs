@@ -33,7 +33,7 @@ pub enum DataError {
         line: usize,
     },
     /// A data file of nothing, or of nothing but white space.
-    #[error("{}: the file is empty; expected a JSON array of records, or one JSON record a line", path.display())]
+    #[error("{}: the file is empty; expected a JSON array of records, one JSON record a line, or a table", path.display())]
     EmptyFile {
         /// The file.
         path: PathBuf,
@@ -71,7 +71,25 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
     },
-    /// Records that cannot be used, all of them.
+    /// A table whose columns are strangers.
+    #[error(
+        "{}: the columns are {found}; expected instruction and output, prompt and completion, or text. Name them by \
+         data.columns in a recipe, or --column instruction=question",
+        path.display()
+    )]
+    Columns {
+        /// The file.
+        path: PathBuf,
+        /// The names in its first row.
+        found: String,
+    },
+    /// A file that was written to while it was read.
+    #[error("{}: the file changed while it was read; prepare it again when nobody writes to it", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Records that cannot be used.
     #[error("{0}")]
     BadRecords(BadRecords),
     /// More than one file failed as a whole.

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
-use crate::record::InstructRecord;
-use crate::template::{PromptTemplate, Role};
+use crate::record::{Conversation, Record};
+use crate::template::{PromptTemplate, Role, Segment};
 use crate::tokenizer::{Encoder, TextTokenizer};
 
 /// The tokens of one row.
@@ -82,6 +82,28 @@ impl std::fmt::Display for DropReason {
     }
 }
 
+/// Which answers of a conversation are learned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Learn {
+    /// Every one.
+    #[default]
+    All,
+    /// The last alone; those before it are given.
+    Last,
+}
+
+/// How a record becomes a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowConfig {
+    /// The longest row, in tokens; at least 2. Longer ones are cut at the right.
+    pub max_seq_len: usize,
+    /// Whether the prompt is learned too.
+    pub train_on_inputs: bool,
+    /// Which answers are.
+    pub learn: Learn,
+}
+
 /// What became of a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Tokenized {
@@ -96,49 +118,99 @@ pub enum Tokenized {
     Dropped(DropReason),
 }
 
-/// Tokenizes one record to at most `max_seq_len` tokens, cutting at the right.
+/// Tokenizes one record, cutting at the right.
 ///
-/// Prompt and response are tokenized apart, so that a prompt at inference has the very tokens it had in
-/// training. BOS comes first if the tokenizer adds one; EOS ends the response and is always learned. The labels
-/// are the response's tokens, or with `train_on_inputs` all tokens but the first.
+/// Prompts and responses are tokenized apart, so that a prompt at inference has the very tokens it had in
+/// training. The row ends in EOS, which is always learned. The labels are the responses' tokens, or with
+/// `train_on_inputs` all tokens but the first.
+///
+/// A chat template writes the tokens that begin and end texts itself, as in transformers; what it writes behind an
+/// answer's last EOS is no part of the answer, and behind the last answer left off. Elsewhere BOS comes first if the
+/// tokenizer adds one, and EOS last.
 pub fn tokenize(
-    record: &InstructRecord,
-    template: &PromptTemplate,
-    tokenizer: &TextTokenizer,
-    max_seq_len: usize,
-    train_on_inputs: bool,
-) -> Result<Tokenized, DataError> {
-    tokenize_with(&mut tokenizer.encoder(), record, template, max_seq_len, train_on_inputs)
-}
-
-/// [`tokenize`] for many records in a row.
-pub fn tokenize_with(
     encoder: &mut Encoder<'_>,
-    record: &InstructRecord,
+    record: &Record,
     template: &PromptTemplate,
-    max_seq_len: usize,
-    train_on_inputs: bool,
+    config: RowConfig,
 ) -> Result<Tokenized, DataError> {
     let tokenizer = encoder.tokenizer();
-    let mut token_ids: Vec<u32> = tokenizer.bos().into_iter().collect();
-    let mut is_response = vec![false; token_ids.len()];
-    for segment in template.render(record)? {
-        encoder.encode(&segment.text, &mut token_ids)?;
-        is_response.resize(token_ids.len(), segment.role == Role::Response);
+    let RowConfig { max_seq_len, train_on_inputs, learn } = config;
+    let mut segments = template.render(record, learn)?;
+    let has_own_ends = template.writes_special_tokens() && matches!(record, Record::Conversation(_));
+    if learn == Learn::Last {
+        let answers = segments.iter_mut().rev().filter(|segment| segment.role == Role::Response);
+        answers.skip(1).for_each(|segment| segment.role = Role::Prompt);
     }
-    token_ids.push(tokenizer.eos());
-    is_response.push(true);
+    let mut token_ids: Vec<u32> =
+        if has_own_ends { Vec::new() } else { tokenizer.bos().into_iter().collect() };
+    let mut is_response = vec![false; token_ids.len()];
+    let mut last_answer = 0;
+    for segment in segments {
+        let start = token_ids.len();
+        append(encoder, &segment, &mut token_ids)?;
+        is_response.resize(token_ids.len(), segment.role == Role::Response);
+        if segment.role == Role::Response {
+            last_answer = token_ids.len();
+            let ids = token_ids.get(start..).unwrap_or_default();
+            if has_own_ends && let Some(eos) = ids.iter().rposition(|id| tokenizer.eos_ids().contains(id)) {
+                last_answer = start + eos + 1;
+                is_response.truncate(last_answer);
+                is_response.resize(token_ids.len(), false);
+            }
+        }
+    }
+    token_ids.truncate(last_answer);
+    is_response.truncate(last_answer);
+    if !(has_own_ends && token_ids.last().is_some_and(|id| tokenizer.eos_ids().contains(id))) {
+        token_ids.push(tokenizer.eos());
+        is_response.push(true);
+    }
+    Ok(row(token_ids, is_response, max_seq_len, train_on_inputs))
+}
 
+/// The tokens of a conversation whose last answer is to come: those that [`tokenize`] gives what precedes it.
+pub fn tokenize_prompt(
+    tokenizer: &TextTokenizer,
+    conversation: &Conversation,
+    template: &PromptTemplate,
+) -> Result<Vec<u32>, DataError> {
+    let own = template.writes_special_tokens();
+    let mut ids: Vec<u32> = if own { Vec::new() } else { tokenizer.bos().into_iter().collect() };
+    for segment in template.render_prompt(conversation)? {
+        append(&mut tokenizer.encoder(), &segment, &mut ids)?;
+    }
+    Ok(ids)
+}
+
+/// The first piece of a text begins as the tokenizer begins texts; the others go on from there.
+fn append(encoder: &mut Encoder<'_>, segment: &Segment, ids: &mut Vec<u32>) -> Result<(), DataError> {
+    let bos = encoder.tokenizer().bos();
+    if ids.iter().all(|&id| Some(id) == bos) {
+        encoder.encode(&segment.text, ids)
+    } else {
+        encoder.encode_next(&segment.text, ids)
+    }
+}
+
+fn row(
+    mut token_ids: Vec<u32>,
+    mut is_response: Vec<bool>,
+    max_seq_len: usize,
+    train_on_inputs: bool,
+) -> Tokenized {
     let truncated = token_ids.len() > max_seq_len;
     token_ids.truncate(max_seq_len);
     is_response.truncate(max_seq_len);
     if !is_response.iter().skip(1).any(|&response| response) {
-        let reason = if truncated { DropReason::AnswerCutAway } else { DropReason::NothingToPredict };
-        return Ok(Tokenized::Dropped(reason));
+        return Tokenized::Dropped(if truncated {
+            DropReason::AnswerCutAway
+        } else {
+            DropReason::NothingToPredict
+        });
     }
     let loss_mask =
         is_response.iter().enumerate().map(|(i, &response)| i > 0 && (response || train_on_inputs)).collect();
-    Ok(Tokenized::Kept { example: TokenizedExample { token_ids, loss_mask }, truncated })
+    Tokenized::Kept { example: TokenizedExample { token_ids, loss_mask }, truncated }
 }
 
 #[cfg(test)]

@@ -97,7 +97,10 @@ pub(crate) fn build(vocabulary: &GgufVocabulary) -> Result<Parts, DataError> {
     };
     let bos_name = vocabulary.name("BOS", bos)?;
     let eos_name = vocabulary.name("EOS", eos)?;
-    let added = vocabulary.added_tokens([bos, eos]);
+    // Tokens of the user are looked for behind the normalizer, where a space is a `▁` already: with a
+    // space put in front, they would get one too.
+    let normalized = kind == Kind::SentencePiece && vocabulary.add_space_prefix == Some(false);
+    let added = vocabulary.added_tokens([bos, eos], normalized);
     tokenizer.add_tokens(added).map_err(|e| error(e.to_string()))?;
     let bos = bos.filter(|_| vocabulary.add_bos.unwrap_or(add_bos));
     if let (Some(id), Some(name)) = (bos, bos_name) {
@@ -170,12 +173,12 @@ impl GgufVocabulary {
     }
 
     /// The tokens that are matched whole, before anything is cut or merged. `always` are special whatever their type.
-    fn added_tokens(&self, always: [Option<u32>; 2]) -> Vec<AddedToken> {
+    fn added_tokens(&self, always: [Option<u32>; 2], normalized: bool) -> Vec<AddedToken> {
         let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
             let kind = self.token_type(id);
             let special = matches!(kind, UNKNOWN | CONTROL) || always.contains(&Some(id as u32));
             let wanted = (special || kind == USER_DEFINED) && !token.is_empty();
-            wanted.then(|| AddedToken::from(token.clone(), special).normalized(false))
+            wanted.then(|| AddedToken::from(token.clone(), special).normalized(normalized && !special))
         });
         added.collect()
     }

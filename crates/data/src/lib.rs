@@ -2,11 +2,11 @@
 //!
 //! One file per station, in the order a record passes them:
 //!
-//! 1. [`record`]: JSON or JSON Lines to [`InstructRecord`]s, every bad record named
+//! 1. [`record`]: data files of many kinds to [`Record`]s, every bad one named
 //! 2. [`template`]: a [`PromptTemplate`] renders a record to prompt and response segments
 //! 3. [`tokenizer`]: [`TextTokenizer`], from a Hugging Face directory or a GGUF vocabulary
 //! 4. [`example`]: a [`TokenizedExample`], token ids and which of them are labels
-//! 5. [`prepare`](mod@prepare): all records at once, on all cores, with a [`PrepareReport`]
+//! 5. [`prepare`](mod@prepare): all records on all cores, as [`SpooledRows`] with a [`PrepareReport`]
 //! 6. [`prepared`]: the [`PreparedDataset`] and its file
 //! 7. [`order`]: which row comes when
 //! 8. [`batch`]: rows laid end to end, without padding, as a [`PackedBatch`]
@@ -21,17 +21,23 @@ pub mod prepare;
 pub mod prepared;
 pub mod record;
 pub mod report;
+mod spool;
 pub mod template;
 pub mod tokenizer;
 
-pub use batch::PackedBatch;
+pub use batch::{MicroBatches, PackedBatch};
 pub use error::DataError;
-pub use example::{DropReason, ExampleView, Tokenized, TokenizedExample, tokenize, tokenize_with};
+pub use example::{
+    DropReason, ExampleView, Learn, RowConfig, Tokenized, TokenizedExample, tokenize, tokenize_prompt,
+};
 pub use gguf_vocabulary::GgufVocabulary;
-pub use order::{Order, epoch_order};
-pub use prepare::{PrepareConfig, key, prepare};
+pub use order::{Mixture, Order, Part, epoch_order};
+pub use prepare::{DataFile, PrepareConfig, SpooledRows, key, prepare};
 pub use prepared::{PreparedDataset, Rows};
-pub use record::{BadRecords, InstructRecord, Origin, RecordProblem, Records, read_records};
-pub use report::PrepareReport;
+pub use record::{
+    BadRecords, Columns, Conversation, Found, InstructRecord, Origin, Record, RecordFormat, RecordProblem,
+    RecordReader,
+};
+pub use report::{FileReport, PrepareReport};
 pub use template::{PromptTemplate, Role, Segment};
 pub use tokenizer::{DecodeStream, Encoder, TextTokenizer};

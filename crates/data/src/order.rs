@@ -15,10 +15,89 @@ pub enum Order {
     Sequential,
 }
 
-/// The rows `0..rows` in the order of one epoch (0-based). The same call gives the same order on every machine,
+/// Rows that follow each other and appear equally often.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    /// How many there are.
+    pub rows: usize,
+    /// How often an epoch sees each, on average.
+    pub weight: f64,
+}
+
+/// How often which rows appear in an epoch: the files' weights.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Mixture {
+    parts: Vec<Part>,
+}
+
+impl Part {
+    /// How often each row appears for certain, and how many rows once more.
+    fn times(&self) -> (usize, usize) {
+        let whole = self.weight.floor();
+        (whole as usize, ((self.weight - whole) * self.rows as f64).round() as usize)
+    }
+
+    /// Rows of an epoch.
+    fn epoch_rows(&self) -> usize {
+        let (whole, more) = self.times();
+        whole * self.rows + more
+    }
+}
+
+impl Mixture {
+    /// Parts that lie one behind the other.
+    pub fn new(parts: Vec<Part>) -> Self {
+        Self { parts }
+    }
+
+    /// Every one of `rows` rows once.
+    pub fn once(rows: usize) -> Self {
+        Self::new(vec![Part { rows, weight: 1.0 }])
+    }
+
+    /// The parts, in order.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// How many rows there are, each counted once.
+    pub fn rows(&self) -> usize {
+        self.parts.iter().map(|part| part.rows).sum()
+    }
+
+    /// How many rows an epoch sees, the same for every epoch.
+    pub fn epoch_rows(&self) -> usize {
+        self.parts.iter().map(Part::epoch_rows).sum()
+    }
+
+    /// The rows of one epoch, in file order. Where a weight leaves a fraction, the rows that come once more are the
+    /// next ones of an order drawn from the seed, so that epochs of half a file see all of it in turn.
+    fn rows_of(&self, seed: u64, epoch: u64) -> Vec<usize> {
+        let mut rows = Vec::with_capacity(self.epoch_rows());
+        let mut first = 0;
+        for (number, part) in (0..).zip(&self.parts) {
+            let (whole, more) = part.times();
+            let mut times = vec![whole; part.rows];
+            if more > 0 {
+                let mut order: Vec<usize> = (0..part.rows).collect();
+                shuffle(&mut order, *b"pronk file parts", seed, number);
+                let skipped = (epoch % part.rows as u64) as usize * more % part.rows;
+                for row in order.into_iter().cycle().skip(skipped).take(more) {
+                    times.get_mut(row).into_iter().for_each(|times| *times += 1);
+                }
+            }
+            rows.extend((first..).zip(times).flat_map(|(row, times)| std::iter::repeat_n(row, times)));
+            first += part.rows;
+        }
+        rows
+    }
+}
+
+/// The rows of `mixture` in the order of one epoch (0-based). The same call gives the same order on every machine,
 /// whatever was drawn before: a resumed run goes on exactly where it was.
-pub fn epoch_order(rows: usize, order: Order, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut indices: Vec<usize> = (0..rows).collect();
+pub fn epoch_order(mixture: &Mixture, order: Order, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut indices = mixture.rows_of(seed, epoch);
     if order == Order::Shuffle {
         shuffle(&mut indices, *b"pronk epoch rows", seed, epoch);
     }
@@ -55,20 +134,48 @@ fn below(random: &mut ChaCha8Rng, bound: u64) -> u64 {
 mod tests {
     use super::*;
 
+    fn of(rows: usize, order: Order, seed: u64, epoch: u64) -> Vec<usize> {
+        epoch_order(&Mixture::once(rows), order, seed, epoch)
+    }
+
+    #[test]
+    fn weights_say_how_often_rows_come() {
+        let part = |rows, weight| Part { rows, weight };
+        let mixture = Mixture::new(vec![part(4, 2.0), part(3, 0.0), part(10, 1.3), part(6, 0.5)]);
+        assert_eq!((mixture.rows(), mixture.epoch_rows()), (23, 8 + 13 + 3));
+        let mut seen = [0; 23];
+        for epoch in 0..10 {
+            let rows = epoch_order(&mixture, Order::Sequential, 5, epoch);
+            assert!(rows.is_sorted() && rows.len() == 24);
+            assert_eq!(rows, epoch_order(&mixture, Order::Sequential, 5, epoch));
+            let mut shuffled = epoch_order(&mixture, Order::Shuffle, 5, epoch);
+            assert_ne!(shuffled, rows);
+            shuffled.sort_unstable();
+            assert_eq!(shuffled, rows);
+            rows.into_iter().for_each(|row| seen[row] += 1);
+        }
+        // After ten epochs every row of a file has come equally often, whatever the fraction.
+        assert_eq!(seen[..7], [20, 20, 20, 20, 0, 0, 0]);
+        assert_eq!(seen[7..17], [13; 10]);
+        assert_eq!(seen[17..], [5; 6]);
+        let first = |seed| epoch_order(&mixture, Order::Sequential, seed, 0);
+        assert_ne!(first(5), first(6), "which rows come once more is drawn from the seed");
+    }
+
     #[test]
     fn sequential_is_file_order() {
-        assert_eq!(epoch_order(4, Order::Sequential, 1, 2), [0, 1, 2, 3]);
-        assert!(epoch_order(0, Order::Shuffle, 1, 2).is_empty());
-        assert_eq!(epoch_order(1, Order::Shuffle, 1, 2), [0]);
+        assert_eq!(of(4, Order::Sequential, 1, 2), [0, 1, 2, 3]);
+        assert!(of(0, Order::Shuffle, 1, 2).is_empty());
+        assert_eq!(of(1, Order::Shuffle, 1, 2), [0]);
     }
 
     #[test]
     fn an_epochs_order_is_a_permutation_that_depends_on_seed_and_epoch_alone() {
-        let first = epoch_order(1000, Order::Shuffle, 7, 0);
-        let _ = epoch_order(10, Order::Shuffle, 7, 0);
-        assert_eq!(first, epoch_order(1000, Order::Shuffle, 7, 0));
-        assert_ne!(first, epoch_order(1000, Order::Shuffle, 7, 1));
-        assert_ne!(first, epoch_order(1000, Order::Shuffle, 8, 0));
+        let first = of(1000, Order::Shuffle, 7, 0);
+        let _ = of(10, Order::Shuffle, 7, 0);
+        assert_eq!(first, of(1000, Order::Shuffle, 7, 0));
+        assert_ne!(first, of(1000, Order::Shuffle, 7, 1));
+        assert_ne!(first, of(1000, Order::Shuffle, 8, 0));
         let mut sorted = first;
         sorted.sort_unstable();
         assert!(sorted.into_iter().eq(0..1000));
@@ -79,7 +186,7 @@ mod tests {
         // 6,000 shuffles of three rows: each of the six orders about 1,000 times (standard deviation 29).
         let mut counts = std::collections::BTreeMap::new();
         for epoch in 0..6000 {
-            *counts.entry(epoch_order(3, Order::Shuffle, 0, epoch)).or_insert(0_u32) += 1;
+            *counts.entry(of(3, Order::Shuffle, 0, epoch)).or_insert(0_u32) += 1;
         }
         assert_eq!(counts.len(), 6);
         assert!(counts.values().all(|&count| (850..1150).contains(&count)), "{counts:?}");
@@ -87,7 +194,7 @@ mod tests {
 
     #[test]
     fn the_order_never_changes_between_versions() {
-        assert_eq!(epoch_order(8, Order::Shuffle, 42, 3), [0, 2, 7, 4, 1, 3, 6, 5]);
+        assert_eq!(of(8, Order::Shuffle, 42, 3), [0, 2, 7, 4, 1, 3, 6, 5]);
     }
 
     #[test]

@@ -1,118 +1,137 @@
-//! All records to rows, at once and on all cores.
+//! All records to rows, on all cores and in bounded memory.
 
+use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::HashSet;
-use std::num::NonZero;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
-use std::thread;
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+mod workers;
+
 use crate::error::DataError;
-use crate::example::{Tokenized, TokenizedExample, tokenize_with};
+use crate::example::{RowConfig, Tokenized};
 use crate::files;
-use crate::order::shuffle;
+use crate::order::{Mixture, Part, shuffle};
+use crate::prepared::file::{About, Tensor, offsets, write};
 use crate::prepared::{PreparedDataset, Rows};
-use crate::record::{self, Records};
-use crate::report::PrepareReport;
+use crate::record::{BadRecords, Columns, Found, RecordFormat, RecordProblem, RecordReader};
+use crate::report::{FileReport, PrepareReport};
+use crate::spool::{Column, Spool};
 use crate::template::PromptTemplate;
 use crate::tokenizer::TextTokenizer;
 
 /// Goes into every key. Raise it whenever the same input begins to give other rows, so that old files are redone.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The seed of the held-out choice. Fixed, so that evaluation losses of two runs over the same data compare,
 /// whatever the seed of training.
 const HELD_OUT_SEED: u64 = 42;
 
-/// Records a worker takes at a time: enough to make the queue's cost vanish, few enough for all to end together.
-const CHUNK: usize = 256;
+/// A data file and its share.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// How often an epoch sees its rows; 1 is once. A fraction is a choice of rows, another each epoch.
+    pub weight: f64,
+}
+
+impl From<PathBuf> for DataFile {
+    fn from(path: PathBuf) -> Self {
+        Self { path, weight: 1.0 }
+    }
+}
 
 /// What to prepare, and within which limits.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PrepareConfig {
     /// The data files, read in this order.
-    pub files: Vec<PathBuf>,
-    /// A built-in template's name, or a template file's path.
+    pub files: Vec<DataFile>,
+    /// How their records are written.
+    pub format: RecordFormat,
+    /// How their fields are called.
+    pub columns: Columns,
+    /// A built-in template's name, "chat", or a template file's path.
     pub template: String,
-    /// The longest row, in tokens; at least 2. Longer ones are cut at the right.
-    pub max_seq_len: usize,
-    /// Whether the prompt is learned too.
-    pub train_on_inputs: bool,
+    /// How a record becomes a row.
+    pub row: RowConfig,
     /// How many rows to hold out; 0 for none.
     pub val_size: usize,
     /// Whether to go on without the records that cannot be used.
     pub skip_bad: bool,
 }
 
-/// SHA-256 (hexadecimal) of everything that decides the prepared rows: the bytes of the data files, the template's
-/// source, the tokenizer and the limits. A prepared file with the same key need not be prepared again.
+/// SHA-256 (hexadecimal) of everything that decides the prepared rows: the bytes of the data files, what is said of
+/// them, the template's source, the tokenizer and the limits. A prepared file with the same key need not be prepared
+/// again.
 pub fn key(
     config: &PrepareConfig,
     template: &PromptTemplate,
     tokenizer: &TextTokenizer,
 ) -> Result<String, DataError> {
-    let mut digests = Vec::new();
-    for path in &config.files {
-        digests.push(Sha256::digest(record::load(path)?));
-    }
-    key_of(config, digests.iter().map(AsRef::as_ref), template, tokenizer)
-}
-
-fn key_of<'a>(
-    config: &PrepareConfig,
-    file_digests: impl Iterator<Item = &'a [u8]>,
-    template: &PromptTemplate,
-    tokenizer: &TextTokenizer,
-) -> Result<String, DataError> {
-    let PrepareConfig { files: _, template: _, max_seq_len, train_on_inputs, val_size, skip_bad } = config;
+    let PrepareConfig { files: data, format, columns, template: _, row, val_size, skip_bad } = config;
     let mut hasher = Sha256::new();
-    let limits = format!("{FORMAT} {max_seq_len} {train_on_inputs} {val_size} {skip_bad}");
-    files::hash_field(&mut hasher, limits.as_bytes());
+    let said = serde_json::json!([FORMAT, format, columns, row, val_size, skip_bad]);
+    files::hash_field(&mut hasher, said.to_string().as_bytes());
     files::hash_field(&mut hasher, template.source().as_bytes());
     files::hash_field(&mut hasher, tokenizer.fingerprint()?.as_bytes());
-    for digest in file_digests {
-        files::hash_field(&mut hasher, digest);
+    for DataFile { path, weight } in data {
+        files::hash_field(&mut hasher, &weight.to_le_bytes());
+        files::hash_field(&mut hasher, &digest(path)?);
     }
     Ok(files::hex(hasher))
 }
 
-/// Reads, renders and tokenizes all records. `progress` is told how many records of how many are done.
-///
-/// `val_size` rows are held out by a shuffle of its own, the same at every call; both parts keep file order.
+/// SHA-256 of a file of any size.
+fn digest(path: &Path) -> Result<impl std::ops::Deref<Target = [u8]>, DataError> {
+    let io = |source| DataError::io(path, "read the data file")(source);
+    let mut file = File::open(path).map_err(io)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hasher.finalize().to_vec()),
+            Ok(bytes) => hasher.update(buffer.get(..bytes).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(io(error)),
+        }
+    }
+}
+
+/// Reads, renders and tokenizes all records, in memory that does not grow with them but for some 16 bytes a row: the
+/// rows lie in files without a name in the folder `scratch`. `progress` is told how many bytes of how many are read.
 pub fn prepare(
     config: &PrepareConfig,
     tokenizer: &TextTokenizer,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<PreparedDataset, DataError> {
+    scratch: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<SpooledRows, DataError> {
     check(config)?;
-    let template = PromptTemplate::load(&config.template)?;
-    // Each file is read once, so that the key is sure to be that of the very bytes that were tokenized.
-    let (key, records) = {
-        let loaded = load(config)?;
-        let digests: Vec<_> = loaded.iter().map(|(_, bytes)| Sha256::digest(bytes)).collect();
-        let key = key_of(config, digests.iter().map(AsRef::as_ref), &template, tokenizer)?;
-        (key, record::read_loaded(&loaded)?)
+    let template = PromptTemplate::load(&config.template, tokenizer)?;
+    let readers = open_all(config)?;
+    let states = config.files.iter().map(|file| state(&file.path)).collect::<Result<Vec<_>, _>>()?;
+    let key = key(config, &template, tokenizer)?;
+    let mut rows = Collecting {
+        spool: Spool::new(scratch)?,
+        report: PrepareReport::default(),
+        bad: BadRecords::default(),
+        seen: HashSet::new(),
+        rows_of: vec![0; config.files.len()],
     };
-    records.check(config.skip_bad)?;
-    let mut report = first_counts(config, &records);
-    let rows = kept(tokenize_all(&records, &template, tokenizer, config, progress)?, &mut report);
-    if rows.is_empty() {
-        return Err(nothing_left(config, &report));
+    rows.collect(readers, config, &template, tokenizer, progress)?;
+    // The key is that of the very bytes that were tokenized, unless somebody wrote to them meanwhile.
+    for (file, before) in config.files.iter().zip(states) {
+        if state(&file.path)? != before {
+            return Err(DataError::Changed { path: file.path.clone() });
+        }
     }
-    let (train, validation) = hold_out(&rows, config.val_size)?;
-    report.train_rows = train.len();
-    report.validation_rows = validation.len();
-    Ok(PreparedDataset {
-        key,
-        train,
-        validation,
-        report,
-        template: template.name().to_owned(),
-        max_seq_len: config.max_seq_len,
-    })
+    rows.finish(config, key, &template)
 }
 
 fn check(config: &PrepareConfig) -> Result<(), DataError> {
@@ -122,118 +141,174 @@ fn check(config: &PrepareConfig) -> Result<(), DataError> {
     if config.files.is_empty() {
         return setting("files", "[]".to_owned(), "expected at least one data file");
     }
-    if config.max_seq_len < 2 {
-        let value = config.max_seq_len.to_string();
+    let wrong = |file: &&DataFile| !(file.weight >= 0.0 && file.weight <= 1000.0);
+    if let Some(file) = config.files.iter().find(wrong) {
+        let message = format!("expected a number from 0 to 1000, for {}", file.path.display());
+        return setting("weight", file.weight.to_string(), &message);
+    }
+    if config.row.max_seq_len < 2 {
+        let value = config.row.max_seq_len.to_string();
         return setting("max_seq_len", value, "expected at least 2: one token to see, and one to predict");
     }
     Ok(())
 }
 
-fn load(config: &PrepareConfig) -> Result<Vec<(PathBuf, Vec<u8>)>, DataError> {
+/// All files, or all that is wrong with any.
+fn open_all(config: &PrepareConfig) -> Result<Vec<RecordReader>, DataError> {
     let mut failures = Vec::new();
-    let mut loaded = Vec::new();
-    for path in &config.files {
-        match record::load(path) {
-            Ok(bytes) => loaded.push((path.clone(), bytes)),
+    let mut readers = Vec::new();
+    for file in &config.files {
+        match RecordReader::open(&file.path, config.format, &config.columns) {
+            Ok(reader) => readers.push(reader),
             Err(error) => failures.push(error),
         }
     }
     match failures.len() {
-        0 => Ok(loaded),
+        0 => Ok(readers),
         1 => Err(failures.swap_remove(0)),
         _ => Err(DataError::Several(failures)),
     }
 }
 
-/// What can be counted before anything is tokenized.
-fn first_counts(config: &PrepareConfig, records: &Records) -> PrepareReport {
-    let mut seen = HashSet::with_capacity(records.records.len());
-    PrepareReport {
-        files: config.files.iter().map(|path| path.display().to_string()).collect(),
-        records: records.records.len() + records.problems.len(),
-        bad_records: records.problems.len(),
-        duplicates: records.records.iter().filter(|record| !seen.insert(*record)).count(),
-        empty_outputs: records.records.iter().filter(|record| record.output.trim().is_empty()).count(),
-        ignored_fields: records.ignored_fields.clone(),
-        ..PrepareReport::default()
-    }
+/// What changes when a file is written to.
+fn state(path: &Path) -> Result<impl PartialEq + use<>, DataError> {
+    let read = || fs::metadata(path).and_then(|data| Ok((data.len(), data.modified()?)));
+    read().map_err(DataError::io(path, "read the data file"))
 }
 
-/// What became of each record, in order. Threads of its own rather than the tokenizers crate's batches, which the
-/// environment variable `TOKENIZERS_PARALLELISM` can switch off.
-fn tokenize_all(
-    records: &Records,
-    template: &PromptTemplate,
-    tokenizer: &TextTokenizer,
-    config: &PrepareConfig,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<Vec<Tokenized>, DataError> {
-    let total = records.records.len();
-    let workers = thread::available_parallelism().map_or(1, NonZero::get).min(total.div_ceil(CHUNK)).max(1);
-    let next = AtomicUsize::new(0);
-    let mut parts = thread::scope(|scope| {
-        let (sender, receiver) = mpsc::channel();
-        for _ in 0..workers {
-            let (sender, next) = (sender.clone(), &next);
-            scope.spawn(move || {
-                let mut encoder = tokenizer.encoder();
-                loop {
-                    let first = next.fetch_add(CHUNK, Ordering::Relaxed);
-                    let Some(chunk) =
-                        records.records.get(first..total.min(first + CHUNK)).filter(|c| !c.is_empty())
-                    else {
-                        return;
-                    };
-                    let rows: Vec<Result<Tokenized, DataError>> = chunk
-                        .iter()
-                        .map(|r| {
-                            tokenize_with(
-                                &mut encoder,
-                                r,
-                                template,
-                                config.max_seq_len,
-                                config.train_on_inputs,
-                            )
-                        })
-                        .collect();
-                    if sender.send((first, rows)).is_err() {
-                        return;
+/// What is known while records are read.
+struct Collecting {
+    spool: Spool,
+    report: PrepareReport,
+    bad: BadRecords,
+    /// Hashes of the records: 8 bytes each, where two different ones of a hundred million meet once in 3000 times.
+    seen: HashSet<u64>,
+    /// Rows of each file.
+    rows_of: Vec<usize>,
+}
+
+impl Collecting {
+    fn collect(
+        &mut self,
+        readers: Vec<RecordReader>,
+        config: &PrepareConfig,
+        template: &PromptTemplate,
+        tokenizer: &TextTokenizer,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), DataError> {
+        let total = config.files.iter().filter_map(|file| Some(fs::metadata(&file.path).ok()?.len())).sum();
+        workers::run(template, tokenizer, config.row, |pool| {
+            let mut read = 0;
+            for (number, (mut reader, file)) in readers.into_iter().zip(&config.files).enumerate() {
+                let before = self.report.records;
+                while let Some(found) = reader.next() {
+                    self.take(found?, number, config.skip_bad, pool)?;
+                    if self.report.records.is_multiple_of(1024) {
+                        progress(read + reader.bytes_read(), total);
                     }
                 }
-            });
-        }
-        drop(sender); // the loop below ends with the last worker
-        let mut parts = Vec::with_capacity(total.div_ceil(CHUNK));
-        let mut done = 0;
-        for (first, rows) in receiver {
-            done += rows.len();
-            parts.push((first, rows));
-            progress(done, total);
-        }
-        parts
-    });
-    parts.sort_unstable_by_key(|(first, _)| *first);
-    let rows = parts.into_iter().flat_map(|(_, rows)| rows);
-    let named = rows.zip(&records.origins).map(|(row, origin)| {
-        row.map_err(|source| DataError::Record { origin: origin.clone(), source: Box::new(source) })
-    });
-    named.collect()
-}
+                read += reader.bytes_read();
+                progress(read, total);
+                self.report.files.push(FileReport {
+                    path: file.path.display().to_string(),
+                    format: reader.format(),
+                    records: self.report.records - before,
+                    weight: file.weight,
+                });
+            }
+            self.bad.records = self.report.records;
+            if !config.skip_bad && self.bad.count > 0 {
+                return Err(DataError::BadRecords(std::mem::take(&mut self.bad)));
+            }
+            pool.finish(&mut |file, outcome| self.keep(file, outcome))
+        })
+    }
 
-/// The rows there are; the others are counted.
-fn kept(outcomes: Vec<Tokenized>, report: &mut PrepareReport) -> Vec<TokenizedExample> {
-    let mut rows = Vec::with_capacity(outcomes.len());
-    for outcome in outcomes {
+    /// Counts a record, and passes it on to be tokenized.
+    fn take(
+        &mut self,
+        found: Found,
+        file: usize,
+        skip_bad: bool,
+        pool: &mut workers::Pool<'_>,
+    ) -> Result<(), DataError> {
+        self.report.records += 1;
+        let Found { origin, record } = found;
+        let (record, ignored) = match record {
+            Ok(good) => good,
+            Err(message) => {
+                self.bad.push(RecordProblem { origin, message });
+                return Ok(());
+            }
+        };
+        let mut hasher = DefaultHasher::new();
+        record.hash(&mut hasher);
+        self.report.duplicates += usize::from(!self.seen.insert(hasher.finish()));
+        self.report.empty_outputs += usize::from(record.has_empty_output());
+        for field in ignored {
+            *self.report.ignored_fields.entry(field).or_default() += 1;
+        }
+        // Once there is a bad record that matters, the others are only read to name them all.
+        if skip_bad || self.bad.count == 0 {
+            pool.push(file, origin, record, &mut |file, outcome| self.keep(file, outcome))?;
+        }
+        Ok(())
+    }
+
+    /// A row if there is one; the others are counted.
+    fn keep(&mut self, file: usize, outcome: Tokenized) -> Result<(), DataError> {
         match outcome {
             Tokenized::Kept { example, truncated } => {
-                report.truncated += usize::from(truncated);
-                report.count_row(example.token_ids.len(), example.supervised());
-                rows.push(example);
+                self.report.truncated += usize::from(truncated);
+                self.report.count_row(example.view());
+                self.rows_of.get_mut(file).into_iter().for_each(|rows| *rows += 1);
+                self.spool.push(example.view())
             }
-            Tokenized::Dropped(reason) => *report.dropped.entry(reason).or_default() += 1,
+            Tokenized::Dropped(reason) => {
+                *self.report.dropped.entry(reason).or_default() += 1;
+                Ok(())
+            }
         }
     }
-    rows
+
+    /// Holds rows out: by a shuffle of its own, the same at every call. Both parts keep file order.
+    fn finish(
+        mut self,
+        config: &PrepareConfig,
+        key: String,
+        template: &PromptTemplate,
+    ) -> Result<SpooledRows, DataError> {
+        self.report.bad_records = self.bad.count;
+        let rows = self.spool.rows();
+        if rows == 0 {
+            return Err(nothing_left(config, &self.report));
+        }
+        if config.val_size >= rows {
+            let message =
+                format!("expected fewer than the {rows} rows there are, so that some are left to train on");
+            let value = config.val_size.to_string();
+            return Err(DataError::Setting { name: "val_size", value, message });
+        }
+        let mut numbers: Vec<usize> = (0..rows).collect();
+        shuffle(&mut numbers, *b"pronk  held  out", HELD_OUT_SEED, 0);
+        let held_out: HashSet<usize> = numbers.into_iter().take(config.val_size).collect();
+        self.report.train_rows = rows - held_out.len();
+        self.report.validation_rows = held_out.len();
+        let mut first = 0;
+        let parts = self.rows_of.iter().zip(&config.files).map(|(&rows, file)| {
+            let held_out = (first..first + rows).filter(|row| held_out.contains(row)).count();
+            first += rows;
+            Part { rows: rows - held_out, weight: file.weight }
+        });
+        let mixture = Mixture::new(parts.collect());
+        if mixture.epoch_rows() == 0 {
+            let message = "expected weights that leave an epoch at least one row".to_owned();
+            return Err(DataError::Setting { name: "weight", value: "0".to_owned(), message });
+        }
+        let Self { spool, report, .. } = self;
+        let (template, max_seq_len) = (template.name().to_owned(), config.row.max_seq_len);
+        Ok(SpooledRows { spool, held_out, key, mixture, report, template, max_seq_len })
+    }
 }
 
 fn nothing_left(config: &PrepareConfig, report: &PrepareReport) -> DataError {
@@ -244,28 +319,93 @@ fn nothing_left(config: &PrepareConfig, report: &PrepareReport) -> DataError {
     }
     DataError::NothingLeft {
         records: report.records,
-        max_seq_len: config.max_seq_len,
+        max_seq_len: config.row.max_seq_len,
         reasons: reasons.join(", "),
     }
 }
 
-/// Splits off `size` rows; returns those to train on and those held out.
-fn hold_out(rows: &[TokenizedExample], size: usize) -> Result<(Rows, Rows), DataError> {
-    if size >= rows.len() {
-        let message = format!(
-            "expected fewer than the {} rows there are, so that some are left to train on",
-            rows.len()
-        );
-        return Err(DataError::Setting { name: "val_size", value: size.to_string(), message });
+/// Prepared rows that are in no file yet.
+pub struct SpooledRows {
+    spool: Spool,
+    held_out: HashSet<usize>,
+    key: String,
+    mixture: Mixture,
+    /// What preparing them found.
+    pub report: PrepareReport,
+    template: String,
+    max_seq_len: usize,
+}
+
+impl SpooledRows {
+    /// Writes the file that [`PreparedDataset::read`] reads: to a temporary name beside `path`, synced, then
+    /// renamed.
+    pub fn write(self, path: &Path) -> Result<(), DataError> {
+        let [train, validation] = self.ends();
+        let about = About {
+            key: Cow::Borrowed(&self.key),
+            template: Cow::Borrowed(&self.template),
+            max_seq_len: self.max_seq_len,
+            mixture: Cow::Borrowed(&self.mixture),
+            report: Cow::Borrowed(&self.report),
+        };
+        let tokens = |ends: &[u64]| ends.last().copied().unwrap_or(0);
+        let (learned, kept) = (tokens(&train), tokens(&validation));
+        let spool = RefCell::new(self.spool);
+        let column = |held_out: bool, column, bytes| Tensor {
+            bytes,
+            write: Box::new({
+                let (spool, all) = (&spool, &self.held_out);
+                move |out| spool.borrow_mut().copy(column, &|row| all.contains(&row) == held_out, out)
+            }),
+        };
+        let tensors = [
+            offsets(train.into_iter()),
+            offsets(validation.into_iter()),
+            column(false, Column::TokenIds, 4 * learned),
+            column(true, Column::TokenIds, 4 * kept),
+            column(false, Column::LossMask, learned),
+            column(true, Column::LossMask, kept),
+        ];
+        write(path, about, tensors)
     }
-    let mut numbers: Vec<usize> = (0..rows.len()).collect();
-    shuffle(&mut numbers, *b"pronk  held  out", HELD_OUT_SEED, 0);
-    let held_out: HashSet<usize> = numbers.into_iter().take(size).collect();
-    let (mut train, mut validation) = (Rows::default(), Rows::default());
-    for (number, row) in rows.iter().enumerate() {
-        if held_out.contains(&number) { validation.push(row.view()) } else { train.push(row.view()) }
+
+    /// The rows in memory.
+    pub fn load(mut self) -> Result<PreparedDataset, DataError> {
+        let [train, validation] = self.ends();
+        let mut rows = |held_out: bool, ends: Vec<u64>| {
+            let mut read = |column| -> io::Result<Vec<u8>> {
+                let mut bytes = Vec::new();
+                self.spool.copy(column, &|row| self.held_out.contains(&row) == held_out, &mut bytes)?;
+                Ok(bytes)
+            };
+            let ids = read(Column::TokenIds)?;
+            let marks = read(Column::LossMask)?;
+            let ids = ids.as_chunks().0.iter().map(|&id| u32::from_le_bytes(id)).collect();
+            let marks = marks.into_iter().map(|mark| mark == 1).collect();
+            Ok(Rows::from_columns(ids, marks, ends.into_iter().map(|end| end as usize).collect()))
+        };
+        let read = |failure: io::Error| DataError::io(Path::new("."), "read the prepared rows")(failure);
+        Ok(PreparedDataset {
+            train: rows(false, train).map_err(read)?,
+            validation: rows(true, validation).map_err(read)?,
+            key: self.key,
+            mixture: self.mixture,
+            report: self.report,
+            template: self.template,
+            max_seq_len: self.max_seq_len,
+        })
     }
-    Ok((train, validation))
+
+    /// Where rows begin and the last one ends, in tokens: of those to train on, and of those held out.
+    fn ends(&self) -> [Vec<u64>; 2] {
+        let mut parts = [vec![0], vec![0]];
+        for row in 0..self.spool.rows() {
+            let [train, validation] = &mut parts;
+            let part = if self.held_out.contains(&row) { validation } else { train };
+            part.push(part.last().copied().unwrap_or(0) + self.spool.tokens(row));
+        }
+        parts
+    }
 }
 
 #[cfg(test)]

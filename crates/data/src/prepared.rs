@@ -1,12 +1,13 @@
 //! The prepared dataset: flat rows and what is known about them.
 
-mod file;
+pub(crate) mod file;
 
 use crate::example::{ExampleView, TokenizedExample};
+use crate::order::Mixture;
 use crate::report::PrepareReport;
 
 /// Rows ready to train on, with the key that says from what they were made.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PreparedDataset {
     /// See [`key`](crate::prepare::key).
     pub key: String,
@@ -14,6 +15,8 @@ pub struct PreparedDataset {
     pub train: Rows,
     /// The rows held out, in file order.
     pub validation: Rows,
+    /// How often which of the rows to train on appear in an epoch.
+    pub mixture: Mixture,
     /// What preparing them found.
     pub report: PrepareReport,
     /// The template's name or path.
@@ -40,6 +43,11 @@ impl Default for Rows {
 }
 
 impl Rows {
+    /// From columns that fit each other.
+    pub(crate) fn from_columns(token_ids: Vec<u32>, loss_mask: Vec<bool>, offsets: Vec<usize>) -> Self {
+        Self { token_ids, loss_mask, offsets }
+    }
+
     /// How many rows there are.
     pub fn len(&self) -> usize {
         self.offsets.len().saturating_sub(1)

@@ -1,21 +1,24 @@
-//! Instruction records, read from a JSON array or from JSON Lines.
+//! Records: what a data file holds, whatever it is kept in and however its fields are called.
 
-mod parse;
+mod container;
+mod csv;
+mod format;
+mod json;
+mod reader;
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::DataError;
-use crate::files;
+pub use format::{Columns, RecordFormat};
+pub use reader::{Found, RecordReader};
 
 /// How many bad records an error message lists before it only counts.
 const LISTED: usize = 20;
 
-/// One instruction with its answer, as in the Alpaca data.
+/// One instruction with its answer, as in the Alpaca data: one turn of a conversation.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct InstructRecord {
     /// What is asked.
@@ -26,6 +29,61 @@ pub struct InstructRecord {
     pub output: String,
 }
 
+/// Questions and answers that follow each other; an [`InstructRecord`] is one of a single turn.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Conversation {
+    /// What is said to the model before anyone speaks.
+    pub system: Option<String>,
+    /// The turns, in order.
+    pub turns: Vec<InstructRecord>,
+}
+
+impl From<InstructRecord> for Conversation {
+    fn from(record: InstructRecord) -> Self {
+        Self { system: None, turns: vec![record] }
+    }
+}
+
+impl Conversation {
+    /// A question that waits for its answer.
+    pub fn question(instruction: &str, input: &str) -> Self {
+        let (instruction, input) = (instruction.to_owned(), input.to_owned());
+        InstructRecord { instruction, input, output: String::new() }.into()
+    }
+}
+
+/// What one record teaches.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Record {
+    /// For a template to render.
+    Conversation(Conversation),
+    /// Text as it is, without a template.
+    Text {
+        /// What the model is given; may be empty.
+        prompt: String,
+        /// What it learns to go on with.
+        completion: String,
+    },
+}
+
+impl From<InstructRecord> for Record {
+    fn from(record: InstructRecord) -> Self {
+        Self::Conversation(record.into())
+    }
+}
+
+impl Record {
+    /// Whether an answer is empty or white space, which teaches only to stop.
+    pub fn has_empty_output(&self) -> bool {
+        match self {
+            Self::Conversation(conversation) => {
+                conversation.turns.iter().any(|turn| turn.output.trim().is_empty())
+            }
+            Self::Text { completion, .. } => completion.trim().is_empty(),
+        }
+    }
+}
+
 /// Where a record came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin {
@@ -33,7 +91,7 @@ pub struct Origin {
     pub file: Arc<Path>,
     /// 1-based number of the record in its file.
     pub record: usize,
-    /// 1-based line, known for JSON Lines.
+    /// 1-based line, known for JSON Lines and CSV.
     pub line: Option<usize>,
 }
 
@@ -62,98 +120,42 @@ impl fmt::Display for RecordProblem {
     }
 }
 
-/// All the records that cannot be used; shows the first 20 and counts the others.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The records that cannot be used: the first 20, and how many there are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BadRecords {
-    /// The problems, in file order.
+    /// The first of them, in file order.
     pub problems: Vec<RecordProblem>,
+    /// How many there are.
+    pub count: usize,
     /// How many records there were in all, good ones included.
     pub records: usize,
 }
 
+impl BadRecords {
+    /// Counts one, and keeps it if it is among the first.
+    pub fn push(&mut self, problem: RecordProblem) {
+        self.count += 1;
+        if self.problems.len() < LISTED {
+            self.problems.push(problem);
+        }
+    }
+}
+
 impl fmt::Display for BadRecords {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} of {} records cannot be used:", self.problems.len(), self.records)?;
-        for problem in self.problems.iter().take(LISTED) {
+        writeln!(f, "{} of {} records cannot be used:", self.count, self.records)?;
+        for problem in &self.problems {
             writeln!(f, "  {problem}")?;
         }
-        if let Some(more @ 1..) = self.problems.len().checked_sub(LISTED) {
+        if let Some(more @ 1..) = self.count.checked_sub(self.problems.len()) {
             writeln!(f, "  ... and {more} more")?;
         }
-        write!(f, "Correct them, or leave them out with --skip-bad")
+        write!(
+            f,
+            "Correct them, or leave them out with --skip-bad. Fields of other names: data.columns (--column \
+             instruction=question); records of another format: data.format (--format)"
+        )
     }
-}
-
-/// What was found in the data files.
-#[derive(Debug, Clone, Default)]
-pub struct Records {
-    /// The good records, in file order.
-    pub records: Vec<InstructRecord>,
-    /// For each of `records`, where it came from.
-    pub origins: Vec<Origin>,
-    /// The bad records, in file order.
-    pub problems: Vec<RecordProblem>,
-    /// Fields other than instruction, input and output, with the number of good records that have them.
-    pub ignored_fields: BTreeMap<String, usize>,
-}
-
-impl Records {
-    /// Fails if any record is bad, unless `skip_bad`.
-    pub fn check(&self, skip_bad: bool) -> Result<(), DataError> {
-        if skip_bad || self.problems.is_empty() {
-            return Ok(());
-        }
-        let records = self.records.len() + self.problems.len();
-        Err(DataError::BadRecords(BadRecords { problems: self.problems.clone(), records }))
-    }
-}
-
-/// Reads all records of all files, in order. Bad records are collected, not fatal; a file that is unreadable,
-/// empty, not UTF-8 or broken as a whole is an error, and all such files are named.
-pub fn read_records(files: &[PathBuf]) -> Result<Records, DataError> {
-    let mut found = Records::default();
-    let mut failures = Vec::new();
-    for path in files {
-        let read = load(path).and_then(|bytes| read_bytes(path, &bytes, &mut found));
-        failures.extend(read.err());
-    }
-    finish(found, failures)
-}
-
-/// The bytes of a data file.
-pub(crate) fn load(path: &Path) -> Result<Vec<u8>, DataError> {
-    files::read(path, "read the data file")
-}
-
-/// Like [`read_records`], from files that are in memory already.
-pub(crate) fn read_loaded(files: &[(PathBuf, Vec<u8>)]) -> Result<Records, DataError> {
-    let mut found = Records::default();
-    let failures =
-        files.iter().filter_map(|(path, bytes)| read_bytes(path, bytes, &mut found).err()).collect();
-    finish(found, failures)
-}
-
-fn finish(found: Records, mut failures: Vec<DataError>) -> Result<Records, DataError> {
-    match failures.len() {
-        0 => Ok(found),
-        1 => Err(failures.swap_remove(0)),
-        _ => Err(DataError::Several(failures)),
-    }
-}
-
-/// Reads one file's records into `found`; tells an array from JSON Lines by the first character.
-fn read_bytes(path: &Path, bytes: &[u8], found: &mut Records) -> Result<(), DataError> {
-    let text = files::text(path, bytes)?;
-    let before = found.records.len() + found.problems.len();
-    match text.trim_start().chars().next() {
-        None => return Err(DataError::EmptyFile { path: path.to_path_buf() }),
-        Some('[') => parse::array(path, text, found)?,
-        Some(_) => parse::lines(path, text, found)?,
-    }
-    if found.records.len() + found.problems.len() == before {
-        return Err(DataError::NoRecords { path: path.to_path_buf() });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,16 +4,17 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::example::DropReason;
+use crate::example::{DropReason, ExampleView};
+use crate::record::RecordFormat;
 
 /// The smallest bucket of the length histogram, in tokens.
 const FIRST_BUCKET: usize = 32;
 
 /// The sums of a preparation. Rows and tokens count training and held-out rows together unless named otherwise.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct PrepareReport {
-    /// The data files, as given.
-    pub files: Vec<String>,
+    /// The data files, in the order given.
+    pub files: Vec<FileReport>,
     /// The base whose tokenizer was used, as its user can name it again; `None` where nobody said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
@@ -33,16 +34,51 @@ pub struct PrepareReport {
     pub truncated: usize,
     /// Records that gave no row, by reason.
     pub dropped: BTreeMap<DropReason, usize>,
-    /// Records that equal an earlier one in instruction, input and output. They are kept.
+    /// Records that equal an earlier one in all that is used of them. They are kept.
     pub duplicates: usize,
-    /// Records whose output is empty or white space, which teach only to stop. They are kept.
+    /// Records with an answer that is empty or white space, which teaches only to stop. They are kept.
     pub empty_outputs: usize,
-    /// Fields beside instruction, input and output, with the number of records that have them.
+    /// Fields beside those that are used, with the number of records that have them.
     pub ignored_fields: BTreeMap<String, usize>,
     /// Rows by length, in rising order: up to 32 tokens, 33 to 64, 65 to 128, ..; from the first to the longest.
     pub length_histogram: Vec<LengthBucket>,
     /// Tokens of the longest row.
     pub longest: usize,
+    /// The highest token id, to be checked against a model's `vocab_size`.
+    pub max_token_id: Option<u32>,
+}
+
+/// What a data file held.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FileReport {
+    /// As given.
+    pub path: String,
+    /// How its records are written.
+    pub format: RecordFormat,
+    /// Records read, bad ones included.
+    pub records: usize,
+    /// How often an epoch sees its rows.
+    pub weight: f64,
+}
+
+impl std::fmt::Display for FileReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}, {} records", self.path, self.format, thousands(self.records))?;
+        if (self.weight - 1.0).abs() > f64::EPSILON { write!(f, ", weight {}", self.weight) } else { Ok(()) }
+    }
+}
+
+/// 1234567 as 1,234,567.
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.char_indices() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 /// One bar of the length histogram.
@@ -60,10 +96,12 @@ impl PrepareReport {
         self.dropped.values().sum()
     }
 
-    /// Counts a row of `tokens` tokens, `supervised` of them labels.
-    pub(crate) fn count_row(&mut self, tokens: usize, supervised: usize) {
+    /// Counts a row.
+    pub(crate) fn count_row(&mut self, row: ExampleView<'_>) {
+        let tokens = row.tokens();
+        self.max_token_id = self.max_token_id.max(row.token_ids.iter().copied().max());
         self.tokens += tokens;
-        self.supervised_tokens += supervised;
+        self.supervised_tokens += row.supervised();
         self.longest = self.longest.max(tokens);
         let mut up_to = self.length_histogram.last().map_or(FIRST_BUCKET, |bucket| bucket.up_to * 2);
         while self.length_histogram.last().is_none_or(|bucket| bucket.up_to < tokens) {
@@ -79,12 +117,19 @@ impl PrepareReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::example::TokenizedExample;
+
+    /// A row of which all tokens but the first are labels.
+    fn row(tokens: usize) -> TokenizedExample {
+        let token_ids = (0..tokens as u32).collect();
+        TokenizedExample { token_ids, loss_mask: (0..tokens).map(|i| i > 0).collect() }
+    }
 
     #[test]
     fn lengths_fall_into_powers_of_two() {
         let mut report = PrepareReport::default();
         for tokens in [1, 32, 33, 300, 256, 257] {
-            report.count_row(tokens, tokens - 1);
+            report.count_row(row(tokens).view());
         }
         let bars: Vec<_> = report.length_histogram.iter().map(|b| (b.up_to, b.rows)).collect();
         assert_eq!(bars, [(32, 2), (64, 1), (128, 0), (256, 1), (512, 2)]);
@@ -93,10 +138,20 @@ mod tests {
 
     #[test]
     fn survives_json() {
-        let mut report = PrepareReport { files: vec!["a.json".into()], ..Default::default() };
+        let file = FileReport {
+            path: "a.json".into(),
+            format: RecordFormat::ShareGpt,
+            records: 1_234_567,
+            weight: 1.0,
+        };
+        assert_eq!(file.to_string(), "a.json: ShareGPT, 1,234,567 records");
+        let half = FileReport { weight: 0.5, records: 12, ..file.clone() };
+        assert_eq!(half.to_string(), "a.json: ShareGPT, 12 records, weight 0.5");
+        let mut report = PrepareReport { files: vec![file], ..Default::default() };
         report.dropped.insert(DropReason::AnswerCutAway, 3);
         report.ignored_fields.insert("category".into(), 2);
-        report.count_row(40, 7);
+        report.count_row(row(40).view());
+        assert_eq!(report.max_token_id, Some(39));
         let text = serde_json::to_string(&report).unwrap();
         assert!(text.contains("\"answer_cut_away\":3"), "{text}");
         assert_eq!(serde_json::from_str::<PrepareReport>(&text).unwrap(), report);

@@ -1,72 +1,44 @@
-//! Prompt templates: a record becomes text, and every piece of it is known to be prompt or response.
+//! Prompt templates: a conversation becomes text, and every piece of it is known to be prompt or response.
 //!
-//! All templates, the built-in ones too, are minijinja sources over `instruction`, `input` and `output`. The
-//! response is found by rendering twice, once with the answer and once with a marker in its place that occurs
-//! nowhere else: what precedes the marker is the prompt. Nothing is ever searched for "### Response:", which an
-//! instruction may well contain.
+//! A template is a chat template over `messages`, as Hugging Face's tokenizers carry them: the built-in ones are,
+//! and the base's own is. A user's template may also be written over `instruction`, `input` and `output`.
+
+mod built_in;
+mod chat;
+mod python;
+mod record_style;
 
 use std::fmt;
 use std::path::Path;
 
-use minijinja::{Environment, UndefinedBehavior, context};
+use minijinja::{Environment, UndefinedBehavior, Value};
 
+use self::built_in::BUILT_IN;
 use crate::error::DataError;
+use crate::example::Learn;
 use crate::files;
-use crate::record::InstructRecord;
+use crate::record::{Conversation, InstructRecord, Record};
+use crate::tokenizer::TextTokenizer;
 
-/// The published Stanford Alpaca prompts.
-const ALPACA: &str = "\
-{%- if input -%}
-Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
+/// The name of the base's own template; `chat:NAME` is one of several.
+const CHAT: &str = "chat";
 
-### Instruction:
-{{ instruction }}
-
-### Input:
-{{ input }}
-
-### Response:
-{% else -%}
-Below is an instruction that describes a task. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-{{ instruction }}
-
-### Response:
-{% endif -%}
-{{ output }}";
-
-/// Alpaca without its preamble: some 20 tokens less a row.
-const ALPACA_SHORT: &str = "\
-### Instruction:
-{{ instruction }}
-{% if input %}
-### Input:
-{{ input }}
-{% endif %}
-### Response:
-{{ output }}";
-
-/// Vicuna 1.1's conversation of one turn; an input follows its instruction after a blank line.
-const VICUNA: &str = "\
-A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, \
-and polite answers to the user's questions. USER: {{ instruction }}\
-{% if input %}
-
-{{ input }}{% endif %} ASSISTANT: {{ output }}";
-
-const BUILT_IN: [(&str, &str); 3] = [("alpaca", ALPACA), ("alpaca-short", ALPACA_SHORT), ("vicuna", VICUNA)];
-
-/// minijinja instructions a single rendering may take; the built-in templates take about 20.
+/// minijinja instructions a single rendering of a record may take; a template over them takes about 20.
 const FUEL: u64 = 100_000;
+
+/// The same for a conversation, which may have hundreds of turns.
+const CHAT_FUEL: u64 = 2_000_000;
 
 /// A template file beyond this many bytes is a mistaken path.
 const MAX_SOURCE: usize = 1 << 20;
 
+/// The file beside an adapter that holds its template over `messages`, for pronk and for transformers.
+pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// The same for a template over `instruction`, `input` and `output`, which only pronk reads.
+pub const PROMPT_TEMPLATE: &str = "prompt_template.jinja";
+
 /// Who speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
     /// Given to the model; masked unless training on inputs.
     Prompt,
@@ -75,7 +47,7 @@ pub enum Role {
 }
 
 /// A piece of a rendered record.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Segment {
     /// Who speaks.
     pub role: Role,
@@ -83,11 +55,25 @@ pub struct Segment {
     pub text: String,
 }
 
+/// What a template is written over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Style {
+    /// `messages`. Begin and end of the text are the template's own.
+    Chat,
+    /// `instruction`, `input` and `output`. The tokenizer's begin and end of a text go around it.
+    Record,
+}
+
 /// Renders records to [`Segment`]s.
 pub struct PromptTemplate {
     name: String,
     source: String,
+    style: Style,
     environment: Environment<'static>,
+    /// `bos_token` and the like, as a template knows them.
+    special: Value,
+    /// The spelling of the tokens that end a text.
+    eos: Vec<String>,
 }
 
 impl fmt::Debug for PromptTemplate {
@@ -102,12 +88,19 @@ impl PromptTemplate {
         BUILT_IN.iter().map(|(name, _)| *name)
     }
 
-    /// A built-in template by name, or the user's own from a file.
-    pub fn load(name_or_path: &str) -> Result<Self, DataError> {
+    /// A built-in template by name, the base's own ("chat"; "chat:NAME" where it has several), or the user's own
+    /// from a file.
+    pub fn load(name_or_path: &str, tokenizer: &TextTokenizer) -> Result<Self, DataError> {
         if let Some((name, source)) = BUILT_IN.iter().find(|(name, _)| *name == name_or_path) {
-            return Self::new(name, source);
+            // Chat templates write their own beginning of text.
+            let bos = if tokenizer.bos().is_some() { "{{- bos_token -}}" } else { "" };
+            return Self::new(name, &format!("{bos}{source}"), tokenizer);
         }
         let path = Path::new(name_or_path);
+        let mut words = name_or_path.splitn(2, ':');
+        if words.next() == Some(CHAT) && !path.exists() {
+            return Self::new(name_or_path, tokenizer.named_chat_template(words.next())?, tokenizer);
+        }
         if !path.exists() {
             return Err(unknown(name_or_path));
         }
@@ -117,29 +110,64 @@ impl PromptTemplate {
                 format!("{} bytes long; expected a prompt template of at most {MAX_SOURCE}", bytes.len());
             return Err(DataError::Template { name: name_or_path.to_owned(), message });
         }
-        Self::new(name_or_path, files::text(path, &bytes)?)
+        Self::new(name_or_path, files::text(path, &bytes)?, tokenizer)
+    }
+
+    /// The template that an adapter was trained with, where its folder `dir` holds one.
+    pub fn of_adapter(dir: &Path, tokenizer: &TextTokenizer) -> Result<Option<Self>, DataError> {
+        let stored = [CHAT_TEMPLATE, PROMPT_TEMPLATE].map(|name| dir.join(name));
+        let found = stored.iter().find(|path| path.exists());
+        found.map(|path| Self::load(&path.display().to_string(), tokenizer)).transpose()
     }
 
     /// A template from its source. As usual with Jinja, one newline at the very end of `source` is left off.
-    pub fn new(name: &str, source: &str) -> Result<Self, DataError> {
-        let mut environment = Environment::new();
-        environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_fuel(Some(FUEL));
+    pub fn new(name: &str, source: &str, tokenizer: &TextTokenizer) -> Result<Self, DataError> {
+        let mut environment = python::environment().map_err(|error| template_error(name, &error))?;
+        let prepared = python::with_generation_calls(source);
+        let parsed = environment.template_from_named_str(name, &prepared);
+        let variables = parsed.map_err(|error| template_error(name, &error))?.undeclared_variables(false);
+        let style = if variables.contains("messages") { Style::Chat } else { Style::Record };
+        if style == Style::Record {
+            environment = record_environment();
+        }
+        environment.set_fuel(Some(if style == Style::Chat { CHAT_FUEL } else { FUEL }));
         environment
-            .add_template_owned(name.to_owned(), source.to_owned())
+            .add_template_owned(
+                name.to_owned(),
+                if style == Style::Chat { prepared } else { source.to_owned() },
+            )
             .map_err(|error| template_error(name, &error))?;
-        let template = Self { name: name.to_owned(), source: source.to_owned(), environment };
-        // Whether the answer appears must not depend on the input; better found now than at record 31,337.
+        let special = tokenizer.special_tokens().into_iter().map(|(k, v)| (k, Value::from(v)));
+        let template = Self {
+            name: name.to_owned(),
+            source: source.to_owned(),
+            style,
+            environment,
+            special: Value::from_pairs(special),
+            eos: tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.token(id)).collect(),
+        };
+        template.probe()?;
+        Ok(template)
+    }
+
+    /// Whether the answer appears must not depend on the input; better found now than at record 31,337.
+    fn probe(&self) -> Result<(), DataError> {
         for input in ["", "input"] {
             let probe = InstructRecord {
                 instruction: "instruction".to_owned(),
                 input: input.to_owned(),
                 output: "output".to_owned(),
             };
-            template.render(&probe)?;
+            let segments = self.conversation_segments(&probe.into(), Learn::All)?;
+            let writes_answer = |s: &Segment| s.role == Role::Response && s.text.contains("output");
+            if self.style == Style::Chat && !segments.iter().any(writes_answer) {
+                return Err(self.error(
+                    "never writes the assistant's message, so that there would be nothing to learn; it has to write \
+                     the content of every message",
+                ));
+            }
         }
-        Ok(template)
+        Ok(())
     }
 
     /// The built-in name, or the path as given.
@@ -152,54 +180,61 @@ impl PromptTemplate {
         &self.source
     }
 
-    /// The prompt, then the response. Text that the template has after the output belongs to the response.
-    pub fn render(&self, record: &InstructRecord) -> Result<Vec<Segment>, DataError> {
-        let (prompt, after) = self.around_output(&record.instruction, &record.input)?;
-        let mut whole = self.fill(&record.instruction, &record.input, &record.output)?;
-        // The template may filter the output (`{{ output | trim }}`), but its other text may not depend on it.
-        if !whole.starts_with(&prompt) || !whole.ends_with(&after) || whole.len() < prompt.len() + after.len()
-        {
-            return Err(self.error(
-                "the text around {{ output }} changes with the output, so that no prompt could be asked without \
-                 knowing the answer; let it depend on instruction and input alone",
-            ));
-        }
-        let response = whole.split_off(prompt.len());
-        Ok(vec![
-            Segment { role: Role::Prompt, text: prompt },
-            Segment { role: Role::Response, text: response },
-        ])
-    }
-
-    /// The prompt alone, up to where the model speaks.
-    pub fn render_prompt(&self, instruction: &str, input: &str) -> Result<String, DataError> {
-        self.around_output(instruction, input).map(|(prompt, _)| prompt)
-    }
-
-    /// What the template writes before and after the output.
-    fn around_output(&self, instruction: &str, input: &str) -> Result<(String, String), DataError> {
-        let marker = marker([instruction, input, &self.source]);
-        let mut text = self.fill(instruction, input, &marker)?;
-        let mut places = text.match_indices(&marker).map(|(at, _)| at);
-        match (places.next(), places.next()) {
-            (Some(at), None) => {
-                let after = text.split_off(at + marker.len());
-                text.truncate(at);
-                Ok((text, after))
-            }
-            (None, _) => Err(self.error(
-                "never writes {{ output }}, so that there would be nothing to learn; add it where the answer belongs",
-            )),
-            (Some(_), Some(_)) => Err(self.error(
-                "writes {{ output }} more than once, so that the prompt would give the answer away; keep one",
-            )),
+    /// The name under which it is stored with an adapter: [`CHAT_TEMPLATE`] or [`PROMPT_TEMPLATE`].
+    pub fn file_name(&self) -> &'static str {
+        match self.style {
+            Style::Chat => CHAT_TEMPLATE,
+            Style::Record => PROMPT_TEMPLATE,
         }
     }
 
-    fn fill(&self, instruction: &str, input: &str, output: &str) -> Result<String, DataError> {
+    /// Writes it into the folder `dir`, for [`PromptTemplate::of_adapter`] to find.
+    pub fn save(&self, dir: &Path) -> Result<(), DataError> {
+        files::write_atomically(&dir.join(self.file_name()), &[self.source.as_bytes()], "write the template")
+    }
+
+    /// Whether the template itself writes the tokens that begin a text and end an answer.
+    pub fn writes_special_tokens(&self) -> bool {
+        self.style == Style::Chat
+    }
+
+    /// The record's text, cut where the speaker changes. A record that is text already is left as it is.
+    ///
+    /// For [`Learn::Last`] the answers before the last are told from the rest only where that is possible: some
+    /// templates render a conversation otherwise than its beginning.
+    pub fn render(&self, record: &Record, learn: Learn) -> Result<Vec<Segment>, DataError> {
+        match record {
+            Record::Conversation(conversation) => self.conversation_segments(conversation, learn),
+            Record::Text { prompt, completion } => Ok(vec![
+                Segment { role: Role::Prompt, text: prompt.clone() },
+                Segment { role: Role::Response, text: completion.clone() },
+            ]),
+        }
+    }
+
+    /// The conversation up to where the model speaks: its last turn's output is left out.
+    pub fn render_prompt(&self, conversation: &Conversation) -> Result<Vec<Segment>, DataError> {
+        match self.style {
+            Style::Chat => self.chat_prompt(conversation),
+            Style::Record => self.record_prompt(conversation),
+        }
+    }
+
+    fn conversation_segments(
+        &self,
+        conversation: &Conversation,
+        learn: Learn,
+    ) -> Result<Vec<Segment>, DataError> {
+        match self.style {
+            Style::Chat => self.chat_segments(conversation, learn),
+            Style::Record => self.record_segments(conversation),
+        }
+    }
+
+    fn fill(&self, context: Value) -> Result<String, DataError> {
         self.environment
             .get_template(&self.name)
-            .and_then(|template| template.render(context! { instruction, input, output }))
+            .and_then(|template| template.render(context))
             .map_err(|error| template_error(&self.name, &error))
     }
 
@@ -208,23 +243,20 @@ impl PromptTemplate {
     }
 }
 
-/// A string that occurs in none of `texts`. It begins and ends with characters of its own, so that no
-/// neighbouring text can complete a second one; and it has no letters or spaces for a filter to change.
-fn marker(texts: [&str; 3]) -> String {
-    let mut number = 0_u64;
-    loop {
-        let marker = format!("\u{e000}{number}\u{e001}");
-        if !texts.iter().any(|text| text.contains(&marker)) {
-            return marker;
-        }
-        number += 1;
-    }
+/// A user's template over a record: a name that it does not know is a typo.
+fn record_environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment
 }
 
 fn template_error(name: &str, error: &minijinja::Error) -> DataError {
     let place = error.line().map_or_else(String::new, |line| format!("line {line}: "));
     let hint = match error.kind() {
-        minijinja::ErrorKind::UndefinedError => "; a template knows instruction, input and output",
+        minijinja::ErrorKind::UndefinedError => {
+            "; a template knows instruction, input and output, or messages and what transformers adds to them"
+        }
         minijinja::ErrorKind::OutOfFuel => "; it took too many steps to render, look for a loop",
         _ => "",
     };
@@ -233,14 +265,17 @@ fn template_error(name: &str, error: &minijinja::Error) -> DataError {
 }
 
 fn unknown(name: &str) -> DataError {
-    let suggestion = PromptTemplate::names()
+    let known = || PromptTemplate::names().chain([CHAT]);
+    let suggestion = known()
         .map(|known| (strsim::jaro_winkler(known, name), known))
         .filter(|(similarity, _)| *similarity > 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, known)| known.to_owned());
-    let known = PromptTemplate::names().map(str::to_owned).collect();
+    let known = known().map(str::to_owned).collect();
     DataError::UnknownTemplate { name: name.to_owned(), suggestion, known }
 }
 
+#[cfg(test)]
+mod golden_tests;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 
 mod encoder;
 mod hugging_face;
+mod sentence_piece;
 mod stream;
 
 use std::fmt;
@@ -25,6 +26,8 @@ pub struct TextTokenizer {
     bos: Option<u32>,
     /// The learned one first.
     eos: Vec<u32>,
+    /// Whether a text begins with a space that is not in it.
+    adds_space: bool,
     /// What [`TextTokenizer::save`] writes as `tokenizer_config.json`.
     config: Map<String, Value>,
 }
@@ -87,7 +90,11 @@ impl TextTokenizer {
         // Some published files still hold the padding and truncation of their training run.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| error(e.to_string()))?;
-        Ok(Self { tokenizer, bos, eos, config })
+        // `SentencePiece`'s dummy prefix, however tokenizer.json spells it out.
+        let probe = tokenizer.encode_fast("a", false).map_err(|e| error(e.to_string()))?;
+        let first = probe.get_ids().first().and_then(|&id| tokenizer.id_to_token(id));
+        let adds_space = first.is_some_and(|token| token.starts_with('▁'));
+        Ok(Self { tokenizer, bos, eos, adds_space, config })
     }
 
     /// The token that begins a text; `None` if the tokenizer adds none.
@@ -110,9 +117,45 @@ impl TextTokenizer {
         self.tokenizer.get_vocab_size(true)
     }
 
-    /// The chat template that came with the tokenizer.
+    /// The chat template that came with the tokenizer; of several, the one called "default".
     pub fn chat_template(&self) -> Option<&str> {
-        self.config.get("chat_template").and_then(Value::as_str)
+        self.named_chat_template(None).ok()
+    }
+
+    /// The chat template called `name` ("default" where nothing is said).
+    pub(crate) fn named_chat_template(&self, name: Option<&str>) -> Result<&str, DataError> {
+        let wanted = name.unwrap_or("default");
+        let failed = |message: String| {
+            let name = name.map_or_else(|| "chat".to_owned(), |name| format!("chat:{name}"));
+            Err(DataError::Template { name, message })
+        };
+        let named = |entry: &Value| entry.get("name").and_then(Value::as_str).map(str::to_owned);
+        match self.config.get("chat_template") {
+            Some(Value::String(source)) if wanted == "default" => Ok(source),
+            Some(Value::Array(several)) => {
+                let found = several.iter().find(|entry| named(entry).as_deref() == Some(wanted));
+                match found.and_then(|entry| entry.get("template")?.as_str()) {
+                    Some(source) => Ok(source),
+                    None => {
+                        let names: Vec<String> = several.iter().filter_map(named).collect();
+                        failed(format!("the base has no chat template {wanted:?}; it has {}", names.join(", ")))
+                    }
+                }
+            }
+            Some(Value::String(_)) => failed("the base has one chat template; take \"chat\"".to_owned()),
+            _ => failed(
+                "the base has no chat template, neither in tokenizer_config.json nor in chat_template.jinja nor in \
+                 its GGUF file; take \"alpaca\", or a template of your own"
+                    .to_owned(),
+            ),
+        }
+    }
+
+    /// The special tokens by the names that chat templates know: `bos_token`, `eos_token`, ..
+    pub(crate) fn special_tokens(&self) -> Vec<(String, String)> {
+        let is_name = |key: &str| key.ends_with("_token") && !key.starts_with("add_");
+        let named = self.config.iter().filter(|(key, _)| is_name(key));
+        named.filter_map(|(key, value)| Some((key.clone(), token_name(value)?.to_owned()))).collect()
     }
 
     /// Token ids of `text`, with neither BOS nor EOS. The name of a special token inside `text` becomes that
@@ -194,6 +237,11 @@ impl TextTokenizer {
         let place = format!("of {} tokens", self.vocab_size());
         DataError::Tokenizer { place, message: format!("cannot {action}: {error}") }
     }
+}
+
+/// A special token's name: a string, or an object with the string as `content`.
+pub(crate) fn token_name(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
 #[cfg(test)]

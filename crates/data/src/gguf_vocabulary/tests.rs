@@ -4,7 +4,7 @@ use crate::tokenizer::tests::tiny;
 
 #[test]
 fn ids_are_those_of_the_vocabularys_own_library() {
-    for name in ["smollm", "gpt2", "llama3", "qwen2", "sentence_piece"] {
+    for name in ["smollm", "gpt2", "llama3", "qwen2", "sentence_piece", "sentence_piece_gemma"] {
         let (vocabulary, cases) = tiny(name);
         let tokenizer = TextTokenizer::from_gguf(&vocabulary).unwrap();
         assert!(cases.len() >= 12);

@@ -3,18 +3,22 @@ use std::fs;
 use serde_json::json;
 use tempfile::TempDir;
 
+use super::workers::CHUNK;
 use super::*;
-use crate::example::{DropReason, ExampleView};
+use crate::example::{DropReason, ExampleView, Learn};
 use crate::tokenizer::tests::{llama2, smollm};
+
+const ROW: RowConfig = RowConfig { max_seq_len: 256, train_on_inputs: false, learn: Learn::All };
 
 fn config(dir: &TempDir, content: &str) -> PrepareConfig {
     let path = dir.path().join("data.json");
     fs::write(&path, content).unwrap();
     PrepareConfig {
-        files: vec![path],
+        files: vec![path.into()],
+        format: RecordFormat::Auto,
+        columns: Columns::default(),
         template: "alpaca-short".to_owned(),
-        max_seq_len: 256,
-        train_on_inputs: false,
+        row: ROW,
         val_size: 0,
         skip_bad: false,
     }
@@ -27,7 +31,7 @@ fn numbered(count: usize) -> String {
 }
 
 fn run(config: &PrepareConfig) -> Result<PreparedDataset, DataError> {
-    prepare(config, &smollm(), &mut |_, _| ())
+    prepare(config, &smollm(), &std::env::temp_dir(), &mut |_, _| ())?.load()
 }
 
 /// The answer of a row of [`numbered`].
@@ -40,13 +44,14 @@ fn answer(row: ExampleView<'_>) -> usize {
 fn rows_keep_file_order_whatever_the_threads_do() {
     let dir = TempDir::new().unwrap();
     let config = config(&dir, &numbered(3 * CHUNK + 7));
-    let mut last = 0;
-    let prepared = prepare(&config, &smollm(), &mut |done, total| {
-        assert!(done > last && done <= total);
+    let (mut last, size) = (0, fs::metadata(&config.files[0].path).unwrap().len());
+    let mut progress = |done, total| {
+        assert!(done >= last && total == size);
         last = done;
-    })
-    .unwrap();
-    assert_eq!(last, 3 * CHUNK + 7);
+    };
+    let prepared = prepare(&config, &smollm(), dir.path(), &mut progress).unwrap().load().unwrap();
+    assert_eq!(last, size);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "the rows lay in files without a name");
     assert!(prepared.train.iter().map(answer).eq(0..3 * CHUNK + 7));
     assert!(prepared.validation.is_empty());
     assert_eq!(prepared, run(&config).unwrap());
@@ -119,13 +124,14 @@ fn settings_out_of_range_say_so() {
             .starts_with("val_size = 3: expected fewer than the 3")
     );
     assert!(
-        error(PrepareConfig { max_seq_len: 1, ..good.clone() })
+        error(PrepareConfig { row: RowConfig { max_seq_len: 1, ..ROW }, ..good.clone() })
             .starts_with("max_seq_len = 1: expected at least 2")
     );
     assert!(error(PrepareConfig { files: vec![], ..good.clone() }).contains("at least one data file"));
-    let nothing = error(PrepareConfig { max_seq_len: 2, ..good.clone() });
+    let nothing = error(PrepareConfig { row: RowConfig { max_seq_len: 2, ..ROW }, ..good.clone() });
     assert!(nothing.contains("3 answer cut away") && nothing.contains("raise max_seq_len = 2"), "{nothing}");
-    let missing = PrepareConfig { files: vec!["/no/a".into(), "/no/b".into()], ..good };
+    let missing =
+        PrepareConfig { files: ["/no/a", "/no/b"].map(|path| PathBuf::from(path).into()).into(), ..good };
     let missing = error(missing);
     assert!(missing.contains("/no/a: cannot read") && missing.contains("/no/b: cannot read"), "{missing}");
 }
@@ -147,26 +153,59 @@ fn a_template_that_fails_on_one_record_names_it() {
 fn the_key_changes_with_everything_that_matters_and_nothing_else() {
     let dir = TempDir::new().unwrap();
     let base = config(&dir, &numbered(10));
-    let template = PromptTemplate::load(&base.template).unwrap();
+    let template = PromptTemplate::load(&base.template, &smollm()).unwrap();
     let of = |config: &PrepareConfig| key(config, &template, &smollm()).unwrap();
     let first = of(&base);
     assert_eq!(first.len(), 64);
     assert_eq!(run(&base).unwrap().key, first);
 
     let mut keys = vec![first.clone()];
-    keys.push(of(&PrepareConfig { max_seq_len: 255, ..base.clone() }));
-    keys.push(of(&PrepareConfig { train_on_inputs: true, ..base.clone() }));
+    keys.push(of(&PrepareConfig { row: RowConfig { max_seq_len: 255, ..ROW }, ..base.clone() }));
+    keys.push(of(&PrepareConfig { row: RowConfig { train_on_inputs: true, ..ROW }, ..base.clone() }));
+    keys.push(of(&PrepareConfig { row: RowConfig { learn: Learn::Last, ..ROW }, ..base.clone() }));
+    keys.push(of(&PrepareConfig { format: RecordFormat::Alpaca, ..base.clone() }));
+    let columns = Columns { input: Some("context".into()), ..Columns::default() };
+    keys.push(of(&PrepareConfig { columns, ..base.clone() }));
+    let weighted = DataFile { weight: 2.0, ..base.files[0].clone() };
+    keys.push(of(&PrepareConfig { files: vec![weighted], ..base.clone() }));
     keys.push(of(&PrepareConfig { val_size: 1, ..base.clone() }));
     keys.push(of(&PrepareConfig { skip_bad: true, ..base.clone() }));
-    keys.push(key(&base, &PromptTemplate::load("alpaca").unwrap(), &smollm()).unwrap());
+    keys.push(key(&base, &PromptTemplate::load("alpaca", &smollm()).unwrap(), &smollm()).unwrap());
     keys.push(key(&base, &template, &llama2()).unwrap());
     let twice = vec![base.files[0].clone(), base.files[0].clone()];
     keys.push(of(&PrepareConfig { files: twice, ..base.clone() }));
     let moved = dir.path().join("moved.json");
-    fs::copy(&base.files[0], &moved).unwrap();
-    assert_eq!(of(&PrepareConfig { files: vec![moved], ..base.clone() }), first, "the same bytes elsewhere");
-    fs::write(&base.files[0], numbered(11)).unwrap();
+    fs::copy(&base.files[0].path, &moved).unwrap();
+    assert_eq!(
+        of(&PrepareConfig { files: vec![moved.into()], ..base.clone() }),
+        first,
+        "the same bytes elsewhere"
+    );
+    fs::write(&base.files[0].path, numbered(11)).unwrap();
     keys.push(of(&base));
     let distinct: HashSet<_> = keys.iter().collect();
     assert_eq!(distinct.len(), keys.len());
+}
+
+/// What goes through the files without a name is what is in memory, held-out rows and weights included.
+#[test]
+fn a_written_file_holds_the_same_as_memory() {
+    let dir = TempDir::new().unwrap();
+    let mut config = PrepareConfig { val_size: 100, ..config(&dir, &numbered(700)) };
+    config.files.push(DataFile { weight: 0.5, ..config.files[0].clone() });
+    let loaded = run(&config).unwrap();
+    assert_eq!((loaded.train.len(), loaded.validation.len()), (1300, 100));
+    let rows: Vec<_> = loaded.mixture.parts().iter().map(|part| (part.rows, part.weight)).collect();
+    assert!(rows[0].0 + rows[1].0 == 1300 && (rows[0].1, rows[1].1) == (1.0, 0.5), "{rows:?}");
+    let out = dir.path().join("out");
+    prepare(&config, &smollm(), dir.path(), &mut |_, _| ()).unwrap().write(&out).unwrap();
+    assert_eq!(PreparedDataset::read(&out).unwrap(), loaded);
+    let again = dir.path().join("again");
+    loaded.write(&again).unwrap();
+    assert_eq!(fs::read(&again).unwrap(), fs::read(&out).unwrap());
+    for weight in [-1.0, f64::NAN, 1e9] {
+        let files = vec![DataFile { weight, ..config.files[0].clone() }];
+        let error = run(&PrepareConfig { files, ..config.clone() }).unwrap_err().to_string();
+        assert!(error.contains("weight = ") && error.contains("from 0 to 1000"), "{error}");
+    }
 }

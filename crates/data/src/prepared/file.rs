@@ -2,41 +2,52 @@
 //!
 //! Six tensors, `train.token_ids` (u32), `train.loss_mask` (u8, 0 or 1), `train.offsets` (u64, rows + 1) and the
 //! same for `validation.`; and one metadata entry `pronk.prepared`, a JSON object with everything else and a
-//! checksum. One entry and not several, because safetensors writes them in no fixed order, and the same data
-//! should give the same file.
+//! checksum. The file is written front to back, a tensor at a time, so that none need be in memory; the checksum,
+//! known at the end, is put into the space kept for it.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, View};
+use atomic_write_file::AtomicWriteFile;
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{PreparedDataset, Rows};
 use crate::error::DataError;
 use crate::files;
+use crate::order::Mixture;
 use crate::report::PrepareReport;
 
 /// The metadata entry that marks the file as ours.
 const MARK: &str = "pronk.prepared";
 /// The layout that this file describes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// More header than any report needs.
 const MAX_HEADER: u64 = 16 << 20;
+
+/// What a file knows of its rows, beside the rows.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct About<'a> {
+    pub(crate) key: Cow<'a, str>,
+    pub(crate) template: Cow<'a, str>,
+    pub(crate) max_seq_len: usize,
+    pub(crate) mixture: Cow<'a, Mixture>,
+    pub(crate) report: Cow<'a, PrepareReport>,
+}
 
 /// The JSON object in the metadata.
 #[derive(Serialize, Deserialize)]
 struct Header<'a> {
     version: u32,
-    key: Cow<'a, str>,
-    template: Cow<'a, str>,
-    max_seq_len: usize,
-    /// SHA-256 of all tensors' bytes, in the order of [`Encoded::tensors`].
+    /// SHA-256 of all tensors' bytes, in the order of [`names`].
     checksum: String,
-    report: Cow<'a, PrepareReport>,
+    #[serde(flatten)]
+    about: About<'a>,
 }
 
 /// As much as tells what kind of file it is, whatever else is in it.
@@ -51,28 +62,105 @@ struct SafetensorsHeader {
     metadata: HashMap<String, String>,
 }
 
+/// A tensor to write: how many bytes, and how they are written.
+pub(crate) struct Tensor<'a> {
+    pub(crate) bytes: u64,
+    pub(crate) write: Box<dyn FnMut(&mut dyn Write) -> io::Result<()> + 'a>,
+}
+
+impl<'a> Tensor<'a> {
+    /// Bytes that are in memory.
+    pub(crate) fn of(bytes: Cow<'a, [u8]>) -> Self {
+        Self { bytes: bytes.len() as u64, write: Box::new(move |out| out.write_all(&bytes)) }
+    }
+}
+
+/// Name, type and width of each tensor, in the order of the file: the wide ones first, so that all are aligned.
+fn names() -> impl Iterator<Item = (String, Dtype, u64)> {
+    let kinds = [("offsets", Dtype::U64, 8), ("token_ids", Dtype::U32, 4), ("loss_mask", Dtype::U8, 1)];
+    kinds.into_iter().flat_map(|(kind, dtype, width)| {
+        ["train", "validation"].map(|part| (format!("{part}.{kind}"), dtype, width))
+    })
+}
+
+/// Writes the file: to a temporary name beside `path`, synced, then renamed. `tensors` are the offsets, token ids
+/// and label marks of the rows to train on and of those held out, by turns: as [`names`].
+pub(crate) fn write(path: &Path, about: About<'_>, tensors: [Tensor<'_>; 6]) -> Result<(), DataError> {
+    let unknown = "0".repeat(64);
+    let header = Header { version: VERSION, checksum: unknown.clone(), about };
+    let write = || -> io::Result<()> {
+        let header = safetensors_header(&serde_json::to_string(&header)?, &tensors)?;
+        let place = header.windows(64).position(|window| window == unknown.as_bytes());
+        let mut file = AtomicWriteFile::open(path)?;
+        file.write_all(&header)?;
+        let mut hasher = Sha256::new();
+        for mut tensor in tensors {
+            hasher.update(tensor.bytes.to_le_bytes());
+            let mut out =
+                Hashed { file: io::BufWriter::with_capacity(1 << 18, &mut file), hasher: &mut hasher };
+            (tensor.write)(&mut out)?;
+            out.flush()?;
+        }
+        file.seek(SeekFrom::Start(place.ok_or(io::ErrorKind::InvalidData)? as u64))?;
+        file.write_all(files::hex(hasher).as_bytes())?;
+        // `commit` syncs before it renames; without it the temporary file is removed on drop.
+        file.commit()
+    };
+    write().map_err(DataError::io(path, "write the prepared file"))
+}
+
+/// The front of a safetensors file: its length, then JSON, padded so that what follows is aligned.
+fn safetensors_header(ours: &str, tensors: &[Tensor<'_>]) -> io::Result<Vec<u8>> {
+    let mut entries = Map::new();
+    entries.insert("__metadata__".to_owned(), json!({ MARK: ours }));
+    let mut start = 0;
+    for ((name, dtype, width), tensor) in names().zip(tensors) {
+        let end = start + tensor.bytes;
+        let dtype = serde_json::to_value(dtype)?;
+        entries.insert(
+            name,
+            json!({"dtype": dtype, "shape": [tensor.bytes / width], "data_offsets": [start, end]}),
+        );
+        start = end;
+    }
+    let mut text = serde_json::to_vec(&Value::Object(entries))?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    Ok([&(text.len() as u64).to_le_bytes()[..], &text].concat())
+}
+
+/// Hashes what is written.
+struct Hashed<'a, W: Write> {
+    file: W,
+    hasher: &'a mut Sha256,
+}
+
+impl<W: Write> Write for Hashed<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.hasher.update(bytes.get(..written).unwrap_or_default());
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
 impl PreparedDataset {
     /// Writes the file: to a temporary name beside `path`, synced, then renamed.
     pub fn write(&self, path: &Path) -> Result<(), DataError> {
-        let rows = [("train", Encoded::new(&self.train)), ("validation", Encoded::new(&self.validation))];
-        let tensors = || rows.iter().flat_map(|(name, encoded)| encoded.tensors(name));
-        let header = Header {
-            version: VERSION,
+        let about = About {
             key: Cow::Borrowed(&self.key),
             template: Cow::Borrowed(&self.template),
             max_seq_len: self.max_seq_len,
-            checksum: checksum(tensors().map(|(_, tensor)| tensor.bytes)),
+            mixture: Cow::Borrowed(&self.mixture),
             report: Cow::Borrowed(&self.report),
         };
-        let failed = |error: &dyn std::fmt::Display| DataError::Io {
-            path: path.to_path_buf(),
-            action: "lay out the prepared file",
-            source: std::io::Error::other(error.to_string()),
-        };
-        let header = serde_json::to_string(&header).map_err(|e| failed(&e))?;
-        let metadata = HashMap::from([(MARK.to_owned(), header)]);
-        let bytes = safetensors::serialize(tensors(), Some(metadata)).map_err(|e| failed(&e))?;
-        files::write_atomically(path, &[&bytes], "write the prepared file")
+        let parts = [&self.train, &self.validation];
+        let [a, b] = parts.map(|rows| offsets(rows.offsets.iter().map(|&offset| offset as u64)));
+        let [c, d] = parts.map(|rows| rows.token_ids.iter().flat_map(|id| id.to_le_bytes()).collect());
+        let [e, f] = parts.map(|rows| rows.loss_mask.iter().map(|&label| u8::from(label)).collect());
+        write(path, about, [a, b, Tensor::of(c), Tensor::of(d), Tensor::of(e), Tensor::of(f)])
     }
 
     /// Reads a file that [`PreparedDataset::write`] wrote. Nothing in it is taken on trust: a foreign, truncated
@@ -102,7 +190,7 @@ fn read_ours(path: &Path) -> Result<(String, Vec<u8>), DataError> {
     let wrong = |message: &str| DataError::Prepared { path: path.to_path_buf(), message: message.to_owned() };
     let mut file = File::open(path).map_err(io)?;
     let mut bytes = Vec::new();
-    file.by_ref().take(8).read_to_end(&mut bytes).map_err(io)?;
+    Read::by_ref(&mut file).take(8).read_to_end(&mut bytes).map_err(io)?;
     let Ok(size) = <[u8; 8]>::try_from(bytes.as_slice()).map(u64::from_le_bytes) else {
         return Err(wrong("not a prepared dataset: shorter than 8 bytes"));
     };
@@ -110,7 +198,7 @@ fn read_ours(path: &Path) -> Result<(String, Vec<u8>), DataError> {
         return Err(wrong(&format!("not a prepared dataset: its header claims {size} bytes")));
     }
     // `take` bounds the read by what the file really holds, whatever the header claims.
-    file.by_ref().take(size).read_to_end(&mut bytes).map_err(io)?;
+    Read::by_ref(&mut file).take(size).read_to_end(&mut bytes).map_err(io)?;
     let json = bytes.get(8..).unwrap_or_default();
     if json.len() as u64 != size {
         return Err(wrong(&format!(
@@ -130,55 +218,51 @@ fn read_ours(path: &Path) -> Result<(String, Vec<u8>), DataError> {
 fn decode_all(tensors: &SafeTensors<'_>, header: &Header<'_>) -> Result<PreparedDataset, String> {
     let train = Encoded::find(tensors, "train")?;
     let validation = Encoded::find(tensors, "validation")?;
-    let parts = [("train", &train), ("validation", &validation)];
-    let found =
-        checksum(parts.iter().flat_map(|(name, part)| part.tensors(name)).map(|(_, tensor)| tensor.bytes));
+    let mut hasher = Sha256::new();
+    for bytes in [
+        train.offsets,
+        validation.offsets,
+        train.token_ids,
+        validation.token_ids,
+        train.loss_mask,
+        validation.loss_mask,
+    ] {
+        files::hash_field(&mut hasher, bytes);
+    }
+    let found = files::hex(hasher);
     if found != header.checksum {
         return Err(format!("damaged: checksum {found}, expected {}", header.checksum));
     }
+    let About { key, template, max_seq_len, mixture, report } = &header.about;
+    let train = train.decode("train", *max_seq_len)?;
+    if mixture.rows() != train.len() {
+        let (rows, parts) = (train.len(), mixture.rows());
+        return Err(format!("damaged: {rows} rows to train on, but weights for {parts}"));
+    }
     Ok(PreparedDataset {
-        key: header.key.to_string(),
-        train: train.decode("train", header.max_seq_len)?,
-        validation: validation.decode("validation", header.max_seq_len)?,
-        report: header.report.clone().into_owned(),
-        template: header.template.to_string(),
-        max_seq_len: header.max_seq_len,
+        key: key.to_string(),
+        train,
+        validation: validation.decode("validation", *max_seq_len)?,
+        mixture: mixture.clone().into_owned(),
+        report: report.clone().into_owned(),
+        template: template.to_string(),
+        max_seq_len: *max_seq_len,
     })
 }
 
-fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> String {
-    let mut hasher = Sha256::new();
-    for part in parts {
-        files::hash_field(&mut hasher, part);
-    }
-    files::hex(hasher)
+/// Where each row begins, and where the last one ends.
+pub(crate) fn offsets<'a>(offsets: impl Iterator<Item = u64>) -> Tensor<'a> {
+    Tensor::of(offsets.flat_map(u64::to_le_bytes).collect())
 }
 
 /// [`Rows`] as the little-endian bytes of three tensors.
 struct Encoded<'a> {
-    token_ids: Cow<'a, [u8]>,
-    loss_mask: Cow<'a, [u8]>,
-    offsets: Cow<'a, [u8]>,
+    token_ids: &'a [u8],
+    loss_mask: &'a [u8],
+    offsets: &'a [u8],
 }
 
 impl<'a> Encoded<'a> {
-    fn new(rows: &Rows) -> Self {
-        Self {
-            token_ids: rows.token_ids.iter().flat_map(|id| id.to_le_bytes()).collect(),
-            loss_mask: rows.loss_mask.iter().map(|&label| u8::from(label)).collect(),
-            offsets: rows.offsets.iter().flat_map(|&offset| (offset as u64).to_le_bytes()).collect(),
-        }
-    }
-
-    /// Name and content of each tensor; the order is that of the checksum.
-    fn tensors(&self, part: &str) -> [(String, Tensor<'_>); 3] {
-        [
-            (format!("{part}.token_ids"), Tensor::new(Dtype::U32, 4, &self.token_ids)),
-            (format!("{part}.loss_mask"), Tensor::new(Dtype::U8, 1, &self.loss_mask)),
-            (format!("{part}.offsets"), Tensor::new(Dtype::U64, 8, &self.offsets)),
-        ]
-    }
-
     fn find(tensors: &SafeTensors<'a>, part: &str) -> Result<Self, String> {
         let find = |name: &str, dtype: Dtype| {
             let name = format!("{part}.{name}");
@@ -189,7 +273,7 @@ impl<'a> Encoded<'a> {
                     "damaged: {name} is {found:?} of shape {shape:?}, expected a vector of {dtype:?}"
                 ));
             }
-            Ok(Cow::Borrowed(tensor.data()))
+            Ok(tensor.data())
         };
         Ok(Self {
             token_ids: find("token_ids", Dtype::U32)?,
@@ -237,36 +321,5 @@ impl<'a> Encoded<'a> {
             }
         }
         Ok(offsets)
-    }
-}
-
-/// A vector for safetensors to write.
-struct Tensor<'a> {
-    dtype: Dtype,
-    shape: [usize; 1],
-    bytes: &'a [u8],
-}
-
-impl<'a> Tensor<'a> {
-    fn new(dtype: Dtype, width: usize, bytes: &'a [u8]) -> Self {
-        Self { dtype, shape: [bytes.len() / width], bytes }
-    }
-}
-
-impl View for Tensor<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(self.bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
     }
 }

@@ -5,6 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::error::DataError;
+use crate::order::Part;
 
 fn dataset() -> PreparedDataset {
     let row = |ids: &[u32]| TokenizedExample {
@@ -15,7 +16,8 @@ fn dataset() -> PreparedDataset {
         key: "k".repeat(64),
         train: [row(&[5, 6, 7]), row(&[8, 9]), row(&[1, 2, 3, 4])].iter().collect(),
         validation: [row(&[70_000, 2])].iter().collect(),
-        report: PrepareReport { records: 4, files: vec!["ä.json".into()], ..PrepareReport::default() },
+        mixture: Mixture::new(vec![Part { rows: 1, weight: 0.25 }, Part { rows: 2, weight: 3.0 }]),
+        report: PrepareReport { records: 4, base: Some("ä".into()), ..PrepareReport::default() },
         template: "alpaca".to_owned(),
         max_seq_len: 4,
     }
@@ -128,6 +130,7 @@ fn rows_that_are_no_rows_are_refused() {
         (|d| d.train.loss_mask.truncate(d.train.loss_mask.len() - 1), "8 label marks for 9 tokens"),
         (|d| d.validation.token_ids.truncate(d.validation.token_ids.len() - 1), "2 label marks for 1 tokens"),
         (|d| d.max_seq_len = 3, "row 2 goes from 5 to 9, expected 1 to 3"),
+        (|d| d.mixture = Mixture::once(4), "3 rows to train on, but weights for 4"),
     ] {
         let error = refused(change);
         assert!(error.contains(expected), "expected {expected:?} in {error:?}");
@@ -137,11 +140,11 @@ fn rows_that_are_no_rows_are_refused() {
 #[test]
 fn another_format_says_which() {
     let (_, bytes) = written(&TempDir::new().unwrap());
-    let mark = br#"{\"version\":1,"#;
+    let mark = br#"{\"version\":2,"#;
     let at = bytes.windows(mark.len()).position(|window| window == mark).unwrap() + mark.len() - 2;
     let mut newer = bytes;
     newer[at] = b'7';
-    assert!(refusal(&newer).contains("written in format 7, this pronk reads format 1"));
+    assert!(refusal(&newer).contains("written in format 7, this pronk reads format 2"));
 }
 
 #[test]

@@ -1,14 +1,58 @@
+use std::collections::BTreeMap;
 use std::fs;
 
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
+use crate::error::DataError;
+
+/// A file read to its end.
+#[derive(Debug, Default)]
+struct Records {
+    format: RecordFormat,
+    records: Vec<Record>,
+    origins: Vec<Origin>,
+    bad: BadRecords,
+    ignored_fields: BTreeMap<String, usize>,
+}
+
+fn read_file(path: &Path, format: RecordFormat, columns: &Columns) -> Result<Records, DataError> {
+    let mut found = Records::default();
+    let reader = RecordReader::open(path, format, columns)?;
+    found.format = reader.format();
+    for one in reader {
+        let Found { origin, record } = one?;
+        found.bad.records += 1;
+        match record {
+            Ok((record, ignored)) => {
+                found.records.push(record);
+                found.origins.push(origin);
+                ignored.into_iter().for_each(|field| *found.ignored_fields.entry(field).or_default() += 1);
+            }
+            Err(message) => found.bad.push(RecordProblem { origin, message }),
+        }
+    }
+    Ok(found)
+}
+
+fn read_named(name: &str, content: impl AsRef<[u8]>) -> Result<Records, DataError> {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join(name);
+    fs::write(&path, content).unwrap();
+    read_file(&path, RecordFormat::Auto, &Columns::default())
+}
 
 fn read(content: impl AsRef<[u8]>) -> Result<Records, DataError> {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("d.json");
-    fs::write(&path, content).unwrap();
-    read_records(&[path])
+    read_named("d.json", content)
+}
+
+/// The only turn of a record.
+fn turn(record: &Record) -> &InstructRecord {
+    match record {
+        Record::Conversation(Conversation { system: None, turns }) if turns.len() == 1 => &turns[0],
+        other => panic!("{other:?}"),
+    }
 }
 
 fn complaint(content: impl AsRef<[u8]>) -> String {
@@ -27,6 +71,7 @@ fn an_array_and_json_lines_give_the_same_records() {
     let lines = read(lines).unwrap();
     assert_eq!(array.records, lines.records);
     let [first, second] = array.records.as_slice() else { panic!("{:?}", array.records) };
+    let (first, second) = (turn(first), turn(second));
     assert_eq!((first.input.as_str(), first.output.as_str()), ("", "b\nä"));
     assert_eq!((second.instruction.as_str(), second.input.as_str()), ("c", "e"));
     assert_eq!(array.ignored_fields, BTreeMap::from([("id".to_owned(), 1)]));
@@ -47,7 +92,7 @@ fn every_bad_record_is_named_and_the_good_ones_are_kept() {
     .unwrap();
     assert_eq!(found.records.len(), 2);
     assert_eq!(found.origins[1].record, 9);
-    let problems: Vec<_> = found.problems.iter().map(|p| (p.origin.record, p.message.as_str())).collect();
+    let problems: Vec<_> = found.bad.problems.iter().map(|p| (p.origin.record, p.message.as_str())).collect();
     assert_eq!(
         problems,
         [
@@ -60,8 +105,7 @@ fn every_bad_record_is_named_and_the_good_ones_are_kept() {
             (8, "`input` is true or false, expected a string"),
         ]
     );
-    assert!(found.check(true).is_ok());
-    let error = found.check(false).unwrap_err().to_string();
+    let error = found.bad.to_string();
     assert!(error.starts_with("7 of 9 records cannot be used:\n"), "{error}");
 }
 
@@ -69,7 +113,7 @@ fn every_bad_record_is_named_and_the_good_ones_are_kept() {
 fn a_broken_line_is_one_bad_record() {
     let found = read("{\"instruction\": \"a\", \"output\": \"b\"}\n\n{\"instruction\": \"a\", \n7\n{\"instruction\": \"a\", \"output\": \"b\"} x\n").unwrap();
     assert_eq!(found.records.len(), 1);
-    let shown: Vec<_> = found.problems.iter().map(ToString::to_string).collect();
+    let shown: Vec<_> = found.bad.problems.iter().map(ToString::to_string).collect();
     assert!(shown[0].contains("record 2 (line 3): broken JSON at column"), "{shown:?}");
     assert!(shown[1].contains("record 3 (line 4): expected an object"), "{shown:?}");
     assert!(
@@ -81,14 +125,13 @@ fn a_broken_line_is_one_bad_record() {
 #[test]
 fn the_first_twenty_are_listed_and_the_others_counted() {
     let listed = |count: usize| {
-        let error =
-            read(format!("[{}]", vec!["{}"; count].join(","))).unwrap().check(false).unwrap_err().to_string();
+        let error = read(format!("[{}]", vec!["{}"; count].join(","))).unwrap().bad.to_string();
         (error.matches("is missing;").count(), error)
     };
     let (lines, error) = listed(20);
     assert!(lines == 20 && !error.contains("more"), "{error}");
     let (lines, error) = listed(1234);
-    assert!(lines == 20 && error.contains("... and 1214 more\n") && error.ends_with("--skip-bad"), "{error}");
+    assert!(lines == 20 && error.contains("... and 1214 more\n") && error.contains("--skip-bad"), "{error}");
 }
 
 #[test]
@@ -110,26 +153,195 @@ fn files_that_are_wrong_as_a_whole() {
 }
 
 #[test]
-fn all_files_that_fail_are_named() {
-    let dir = TempDir::new().unwrap();
-    let (good, empty, missing) =
-        (dir.path().join("good"), dir.path().join("empty"), dir.path().join("missing"));
-    fs::write(&good, "{\"instruction\": \"a\", \"output\": \"b\"}").unwrap();
-    fs::write(&empty, "").unwrap();
-    let error = read_records(&[good.clone(), empty, missing]).unwrap_err().to_string();
-    assert!(
-        error.contains("empty: the file is empty") && error.contains("missing: cannot read the data file"),
-        "{error}"
-    );
-    let twice = read_records(&[good.clone(), good]).unwrap();
-    assert_eq!(twice.records.len(), 2);
-    assert_eq!(twice.origins[1].record, 1, "records are counted file by file");
-    assert!(read_records(&[dir.path().to_path_buf()]).is_err(), "a folder is not a file");
+fn the_last_of_two_fields_of_one_name_counts() {
+    let found = read(r#"[{"instruction": 1, "instruction": "a", "output": "b", "x": 1, "x": 2}]"#).unwrap();
+    assert_eq!(turn(&found.records[0]).instruction, "a");
+    assert_eq!(found.ignored_fields["x"], 1);
+}
+
+fn conversation(system: Option<&str>, turns: &[(&str, &str)]) -> Record {
+    let turns = turns.iter().map(|(instruction, output)| InstructRecord {
+        instruction: (*instruction).to_owned(),
+        input: String::new(),
+        output: (*output).to_owned(),
+    });
+    Record::Conversation(Conversation { system: system.map(str::to_owned), turns: turns.collect() })
 }
 
 #[test]
-fn the_last_of_two_fields_of_one_name_counts() {
-    let found = read(r#"[{"instruction": 1, "instruction": "a", "output": "b", "x": 1, "x": 2}]"#).unwrap();
-    assert_eq!(found.records[0].instruction, "a");
-    assert_eq!(found.ignored_fields["x"], 1);
+fn formats_are_told_by_their_fields() {
+    let two = conversation(Some("s"), &[("a", "b"), ("c", "d")]);
+    let one = conversation(None, &[("a", "b")]);
+    let text = |prompt: &str, completion: &str| Record::Text {
+        prompt: prompt.to_owned(),
+        completion: completion.to_owned(),
+    };
+    let message = |role: &str, content: &str| json!({"role": role, "content": content});
+    let turns =
+        [message("system", "s"), message("user", "a"), message("assistant", "b"), message("user", "c")];
+    let answered: Vec<Value> = turns.iter().cloned().chain([message("assistant", "d")]).collect();
+    let parts = json!([{"type": "text", "text": "a"}]);
+    for (value, format, record) in [
+        (json!({"messages": answered, "source": "x"}), RecordFormat::Messages, &two),
+        (
+            json!({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]}),
+            RecordFormat::ShareGpt,
+            &two,
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": parts}, message("assistant", "b"), message("user", "c")]}),
+            RecordFormat::Messages,
+            &one,
+        ),
+        (json!({"instruction": "a", "output": "b"}), RecordFormat::Alpaca, &one),
+        (
+            json!({"instruction": "a", "output": "b", "system": "s"}),
+            RecordFormat::Alpaca,
+            &conversation(Some("s"), &[("a", "b")]),
+        ),
+        (json!({"prompt": "a", "completion": "b"}), RecordFormat::PromptCompletion, &text("a", "b")),
+        (
+            json!({"prompt": [message("user", "a")], "completion": [message("assistant", "b")]}),
+            RecordFormat::PromptCompletion,
+            &one,
+        ),
+        (json!({"text": "b"}), RecordFormat::Text, &text("", "b")),
+    ] {
+        let found = read(json!([value]).to_string()).unwrap();
+        assert_eq!(
+            (found.format, &found.records),
+            (format, &vec![record.clone()]),
+            "{value}: {:?}",
+            found.bad
+        );
+        let lines = read(format!("{value}\n")).unwrap();
+        assert_eq!(lines.records, found.records);
+    }
+}
+
+#[test]
+fn the_format_is_that_of_most_of_the_first_records_or_as_told() {
+    let both = json!([{"text": "a"}, {"instruction": "a", "output": "b", "text": "c"},
+        {"instruction": "a", "output": "b", "text": "c"}]);
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("d");
+    fs::write(&path, both.to_string()).unwrap();
+    let found = read_file(&path, RecordFormat::Auto, &Columns::default()).unwrap();
+    assert_eq!((found.format, found.records.len()), (RecordFormat::Text, 3));
+    let told = read_file(&path, RecordFormat::Alpaca, &Columns::default()).unwrap();
+    assert_eq!((told.records.len(), told.bad.count, told.ignored_fields["text"]), (2, 1, 2));
+    let expected = "`instruction` is missing; `output` is missing; there are: text";
+    assert_eq!(told.bad.problems[0].message, expected);
+}
+
+#[test]
+fn columns_may_be_called_otherwise() {
+    let columns = Columns {
+        instruction: Some("question".into()),
+        output: Some("answer".into()),
+        input: Some("context".into()),
+        ..Columns::default()
+    };
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("d");
+    fs::write(&path, r#"{"question": "a", "context": "b", "answer": "c", "output": 7}"#).unwrap();
+    let found = read_file(&path, RecordFormat::Auto, &columns).unwrap();
+    let record = turn(&found.records[0]);
+    assert_eq!((record.instruction.as_str(), record.input.as_str(), record.output.as_str()), ("a", "b", "c"));
+    assert_eq!(found.ignored_fields["output"], 1);
+    fs::write(&path, r#"{"question": "a", "answer": 7}"#).unwrap();
+    let found = read_file(&path, RecordFormat::Auto, &columns).unwrap();
+    assert_eq!(found.bad.problems[0].message, "`answer` is a number, expected a string");
+}
+
+#[test]
+fn conversations_that_are_none() {
+    let user = json!({"role": "user", "content": "a"});
+    let assistant = json!({"role": "assistant", "content": "b"});
+    for (messages, expected) in [
+        (json!("x"), "`messages` is a string, expected a list of messages"),
+        (json!([]), "`messages` has no answered question"),
+        (json!([user]), "`messages` has no answered question"),
+        (json!([assistant]), "message 1 of `messages` is the assistant's, expected the user's"),
+        (json!([user, user]), "message 2 of `messages` is the user's, as the one before it"),
+        (
+            json!([user, assistant, assistant]),
+            "message 3 of `messages` is the assistant's, expected the user's",
+        ),
+        (json!([user, {"role": "system", "content": "s"}]), "message 2 of `messages` is the system's"),
+        (json!([user, 7]), "message 2 of `messages` is a number, expected an object"),
+        (json!([user, {"content": "b"}]), "message 2 of `messages` has neither `role` nor `from`"),
+        (json!([user, {"role": "tool", "content": "b"}]), "has the role \"tool\", expected system, user or"),
+        (json!([user, {"role": "assistant"}]), "message 2 of `messages` has neither `content` nor `value`"),
+        (json!([user, {"role": "assistant", "content": null}]), "has null as its content, expected a string"),
+        (json!([{"role": "user", "content": [{"type": "image"}]}]), "has a part that is no text"),
+    ] {
+        let found = read(json!([{"messages": messages}]).to_string()).unwrap();
+        let message = &found.bad.problems[0].message;
+        assert!(message.contains(expected), "expected {expected:?} in {message:?}");
+    }
+}
+
+#[test]
+fn tables_are_told_by_their_first_row() {
+    let found = read("instruction,input,output,id\n\"a, \"\"b\"\"\nc\",,d,1\ne,f\ng,h,i,2\n").unwrap();
+    assert_eq!(turn(&found.records[0]).instruction, "a, \"b\"\nc");
+    assert_eq!(turn(&found.records[1]).output, "i");
+    assert_eq!(
+        found.origins.iter().map(|o| (o.record, o.line)).collect::<Vec<_>>(),
+        [(1, Some(2)), (3, Some(5))]
+    );
+    assert_eq!(
+        found.bad.problems[0].to_string().split("d.json: ").nth(1),
+        Some("record 2 (line 4): 2 fields, expected 4")
+    );
+    assert_eq!(found.ignored_fields["id"], 2);
+    for table in ["\u{feff}prompt;completion\na;b\n", "prompt\tcompletion\r\na\tb\r\n"] {
+        let found = read(table).unwrap();
+        let text = Record::Text { prompt: "a".into(), completion: "b".into() };
+        assert_eq!(found.records, [text], "{table:?}");
+    }
+    let error = read_named("d.csv", "question,answer\na,b\n").unwrap_err().to_string();
+    assert!(error.contains("the columns are question, answer") && error.contains("data.columns"), "{error}");
+    let error = read("instruction,output\n").unwrap_err().to_string();
+    assert!(error.contains("holds no record"), "{error}");
+    let error = read(b"instruction,output\na,b\na,\xff\n").unwrap_err().to_string();
+    assert!(error.contains("invalid UTF-8 at byte") && error.contains("line 3"), "{error}");
+}
+
+#[test]
+fn compressed_files_are_told_by_their_first_bytes() {
+    use std::io::Write;
+    let lines = "{\"instruction\": \"a\", \"output\": \"b\"}\n".repeat(20_000);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(lines.as_bytes()).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let zstd =
+        ruzstd::encoding::compress_to_vec(lines.as_bytes(), ruzstd::encoding::CompressionLevel::Fastest);
+    for packed in [gzip, zstd] {
+        assert!(packed.len() < lines.len() / 10);
+        let found = read(&packed).unwrap();
+        assert_eq!((found.records.len(), found.bad.count), (20_000, 0));
+        // Several members, or frames, one behind the other are one text.
+        assert_eq!(read([packed.as_slice(), &packed].concat()).unwrap().records.len(), 40_000);
+        let error = read(&packed[..packed.len() / 2]).unwrap_err().to_string();
+        assert!(error.contains("cannot read the data file"), "{error}");
+    }
+}
+
+/// Elements that end where one buffer ends and the next begins, and braces in strings.
+#[test]
+fn arrays_are_cut_where_their_elements_end() {
+    let rows: Vec<Value> = (0..5000)
+        .map(|i| json!({"instruction": format!("}}]\"[{{,\\ {i}"), "output": "x".repeat(i % 300), "n": [[i], {}]}))
+        .collect();
+    for text in [json!(rows).to_string(), serde_json::to_string_pretty(&rows).unwrap()] {
+        let found = read(&text).unwrap();
+        assert_eq!((found.records.len(), found.bad.count), (5000, 0));
+        assert_eq!(turn(&found.records[4999]).instruction, rows[4999]["instruction"].as_str().unwrap());
+        let broken = text.replace("4321", "4321\u{1}");
+        let error = read(broken).unwrap_err().to_string();
+        assert!(error.contains("after 4321 whole records: control character"), "{error}");
+    }
 }

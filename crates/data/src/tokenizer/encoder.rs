@@ -31,6 +31,23 @@ impl<'a> Encoder<'a> {
         self.tokenizer
     }
 
+    /// Adds the ids of `text`, which goes on from what precedes it, to `ids`: without the space that
+    /// `SentencePiece` puts in front of a text.
+    pub fn encode_next(&mut self, text: &str, ids: &mut Vec<u32>) -> Result<(), DataError> {
+        if !self.tokenizer.adds_space || text.is_empty() {
+            return self.encode(text, ids);
+        }
+        // Behind a byte that no text holds, and that merges with nothing, nothing is put in front.
+        let (mut byte, mut both) = (Vec::new(), Vec::new());
+        self.encode("\u{1}", &mut byte)?;
+        self.encode(&format!("\u{1}{text}"), &mut both)?;
+        match both.strip_prefix(byte.as_slice()) {
+            Some(rest) => ids.extend_from_slice(rest),
+            None => self.encode(text, ids)?,
+        }
+        Ok(())
+    }
+
     /// Adds the ids of `text` to `ids`, with neither BOS nor EOS.
     pub fn encode(&mut self, text: &str, ids: &mut Vec<u32>) -> Result<(), DataError> {
         let tokenizer = &self.tokenizer.tokenizer;

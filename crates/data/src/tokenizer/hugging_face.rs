@@ -1,13 +1,14 @@
-//! A tokenizer from a Hugging Face directory.
+//! A tokenizer from a Hugging Face directory: its `tokenizer.json`, or where there is none, its
+//! `tokenizer.model`.
 
 use std::collections::HashSet;
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::Parts;
+use super::{Parts, sentence_piece, token_name};
 use crate::error::DataError;
 use crate::files;
 
@@ -24,25 +25,34 @@ struct Settings {
 }
 
 pub(super) fn read(dir: &Path) -> Result<Parts, DataError> {
-    let path = dir.join("tokenizer.json");
-    let place = path.display().to_string();
-    let bytes = files::read(&path, "read the tokenizer")?;
-    let text = files::text(&path, &bytes)?;
-    let error = |message: String| DataError::Tokenizer { place: place.clone(), message };
-    check_merges(text).map_err(error)?;
-    let tokenizer =
-        Tokenizer::from_bytes(text).map_err(|e| error(format!("not a valid tokenizer.json: {e}")))?;
-
+    let (path, old) = (dir.join("tokenizer.json"), dir.join("tokenizer.model"));
     let mut settings = Settings {
         config: object(&dir.join("tokenizer_config.json"))?,
         special: object(&dir.join("special_tokens_map.json"))?,
         generation: object(&dir.join("generation_config.json"))?,
         model: object(&dir.join("config.json"))?,
     };
+    let (tokenizer, place) = if !path.exists() && old.exists() {
+        let added = object(&dir.join("added_tokens.json"))?;
+        let Parts { tokenizer, place, config, .. } = sentence_piece::read(&old, &settings.config, &added)?;
+        settings.take_over(config);
+        (tokenizer, place)
+    } else {
+        (tokenizer_json(&path)?, path.display().to_string())
+    };
+    let error = |message: String| DataError::Tokenizer { place: place.clone(), message };
     let eos = settings.eos(&tokenizer).map_err(error)?;
     let bos = settings.bos(&tokenizer).map_err(error)?;
     settings.complete(dir, &tokenizer, bos, eos.first().copied())?;
     Ok(Parts { tokenizer, place, bos, eos, config: settings.config })
+}
+
+fn tokenizer_json(path: &Path) -> Result<Tokenizer, DataError> {
+    let bytes = files::read(path, "read the tokenizer")?;
+    let text = files::text(path, &bytes)?;
+    let error = |message: String| DataError::Tokenizer { place: path.display().to_string(), message };
+    check_merges(text).map_err(error)?;
+    Tokenizer::from_bytes(text).map_err(|e| error(format!("not a valid tokenizer.json: {e}")))
 }
 
 /// A JSON object from a file that need not be there.
@@ -58,12 +68,20 @@ fn object(path: &Path) -> Result<Map<String, Value>, DataError> {
 }
 
 impl Settings {
-    /// A special token's name: a string, or an object with the string as `content`.
+    /// A special token's name: a string, or an object with the string as `content`. Early conversions
+    /// of Llama left the strings empty.
     fn token_name(&self, key: &str) -> Option<&str> {
-        [&self.config, &self.special].into_iter().find_map(|map| {
-            let value = map.get(key)?;
-            value.as_str().or_else(|| value.get("content")?.as_str())
-        })
+        let maps = [&self.config, &self.special].into_iter();
+        maps.filter_map(|map| token_name(map.get(key)?)).find(|name| !name.is_empty())
+    }
+
+    /// Names of special tokens out of the vocabulary, for those that the directory does not tell.
+    fn take_over(&mut self, vocabulary: Map<String, Value>) {
+        for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
+            if let (None, Some(name)) = (self.token_name(key), vocabulary.get(key)) {
+                self.config.insert(key.to_owned(), name.clone());
+            }
+        }
     }
 
     /// The ids under `key` of the model's own files: one number or a list of them.
@@ -145,13 +163,35 @@ impl Settings {
         for key in ["backend", "is_local", "local_files_only"] {
             self.config.remove(key);
         }
-        let beside = dir.join("chat_template.jinja");
-        if !self.config.contains_key("chat_template") && beside.exists() {
-            let bytes = files::read(&beside, "read the chat template")?;
-            self.config.insert("chat_template".to_owned(), Value::from(files::text(&beside, &bytes)?));
+        if let Some(templates) = chat_templates(dir)? {
+            self.config.insert("chat_template".to_owned(), templates);
         }
         Ok(())
     }
+}
+
+/// The chat templates that lie in files of their own, which go before those in `tokenizer_config.json`: one as
+/// text, several as `[{"name": .., "template": ..}]`.
+fn chat_templates(dir: &Path) -> Result<Option<Value>, DataError> {
+    let read = |path: &Path| -> Result<Value, DataError> {
+        let bytes = files::read(path, "read the chat template")?;
+        files::text(path, &bytes).map(Value::from)
+    };
+    let beside = dir.join("chat_template.jinja");
+    let default = if beside.exists() { Some(read(&beside)?) } else { None };
+    let mut others = Vec::new();
+    for entry in dir.join("additional_chat_templates").read_dir().into_iter().flatten().flatten() {
+        let path = entry.path();
+        if let (Some("jinja"), Some(name)) = (path.extension().and_then(|e| e.to_str()), path.file_stem()) {
+            others.push((name.to_string_lossy().into_owned(), read(&path)?));
+        }
+    }
+    if others.is_empty() {
+        return Ok(default);
+    }
+    others.sort_by(|a, b| a.0.cmp(&b.0));
+    let all = default.map(|source| ("default".to_owned(), source)).into_iter().chain(others);
+    Ok(Some(all.map(|(name, template)| json!({"name": name, "template": template})).collect()))
 }
 
 /// The token, if any, that the tokenizer's post-processor puts in front of a text.

@@ -19,6 +19,7 @@ pub(crate) fn tiny(name: &str) -> (GgufVocabulary, Vec<(String, Vec<u32>)>) {
         scores: serde_json::from_value(field("scores")).unwrap(),
         bos: serde_json::from_value(field("bos")).unwrap(),
         eos: serde_json::from_value(field("eos")).unwrap(),
+        add_space_prefix: serde_json::from_value(field("add_space_prefix")).unwrap(),
         chat_template: Some("{{ messages }}".to_owned()),
         ..GgufVocabulary::default()
     };

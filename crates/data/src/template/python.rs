@@ -1,0 +1,206 @@
+//! What chat templates expect of their world: Jinja2 in Python, with the additions of transformers'
+//! `utils/chat_template_utils.py`.
+
+use std::io;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior};
+use minijinja_contrib::pycompat;
+use serde::Serialize;
+use serde_json::ser::{CharEscape, Formatter, PrettyFormatter, Serializer};
+
+/// Stands before what a `{% generation %}` block wrote, in a rendering.
+pub(super) const OPEN: char = '\u{f8f0}';
+/// Stands after it.
+pub(super) const CLOSE: char = '\u{f8f1}';
+
+/// The function that a `{% generation %}` block becomes a call of.
+const GENERATION: &str = "__generation";
+
+/// An environment in which chat templates mean what they mean in transformers.
+pub(super) fn environment() -> Result<Environment<'static>, Error> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_syntax(syntax);
+    environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+    environment.add_filter("tojson", tojson);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_function(GENERATION, generation);
+    Ok(environment)
+}
+
+/// transformers' own `{% generation %}` block, as the call that it is there too: the same scope, the same
+/// treatment of white space.
+pub(super) fn with_generation_calls(source: &str) -> String {
+    let mut text = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at);
+        text.push_str(before);
+        let Some(end) = tag.find("%}") else { break };
+        let (tag, after) = tag.split_at(end);
+        let word = tag.trim_start_matches(['{', '%', '-', '+']).trim_end_matches(['-', '+']).trim();
+        text.push_str(&match word {
+            "generation" => tag.replacen("generation", &format!("call {GENERATION}()"), 1),
+            "endgeneration" => tag.replacen("endgeneration", "endcall", 1),
+            _ => tag.to_owned(),
+        });
+        rest = after;
+    }
+    text.push_str(rest);
+    text
+}
+
+fn generation(state: &mut State, arguments: Kwargs) -> Result<String, Error> {
+    let body: Value = arguments.get::<Value>("caller")?.call(state, &[])?;
+    Ok(format!("{OPEN}{body}{CLOSE}"))
+}
+
+fn raise_exception(message: &str) -> Result<Value, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses: {message}")))
+}
+
+/// Python's `datetime.now().strftime(format)`.
+fn strftime_now(format: &str) -> Result<String, Error> {
+    use std::fmt::Write;
+    let mut text = String::new();
+    write!(text, "{}", chrono::Local::now().format(format)).map_err(|_| {
+        Error::new(ErrorKind::InvalidOperation, format!("strftime_now: unknown format {format:?}"))
+    })?;
+    Ok(text)
+}
+
+/// Python's `json.dumps` with the arguments that transformers passes on: nothing is escaped for HTML.
+fn tojson(value: &Value, indent: Option<Value>, arguments: Kwargs) -> Result<String, Error> {
+    let indent = indent.or(arguments.get::<Option<Value>>("indent")?).filter(|indent| !indent.is_none());
+    let ascii: bool = arguments.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
+    let sorted: bool = arguments.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+    let separators: Option<Vec<String>> = arguments.get("separators")?;
+    arguments.assert_all_used()?;
+    let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    let mut json = serde_json::to_value(value).map_err(failed)?;
+    if sorted {
+        json.sort_all_objects();
+    }
+    let indent = indent.map(|indent| usize::try_from(indent).map(|width| " ".repeat(width))).transpose()?;
+    let mut separators = separators.unwrap_or_default().into_iter();
+    let item = if indent.is_some() { "," } else { ", " };
+    let item = separators.next().unwrap_or_else(|| item.to_owned());
+    let key = separators.next().unwrap_or_else(|| ": ".to_owned());
+    let mut bytes = Vec::new();
+    let pretty = indent.as_ref().map(|indent| PrettyFormatter::with_indent(indent.as_bytes()));
+    let style = Python { item, key, ascii, pretty };
+    json.serialize(&mut Serializer::with_formatter(&mut bytes, style)).map_err(failed)?;
+    String::from_utf8(bytes).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// How Python writes JSON.
+struct Python<'a> {
+    item: String,
+    key: String,
+    ascii: bool,
+    /// Keeps track of the depth where lines are indented.
+    pretty: Option<PrettyFormatter<'a>>,
+}
+
+impl Python<'_> {
+    /// What stands between two items: `serde_json`'s indentation, with our separator before it.
+    fn separate<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+        begin: impl Fn(&mut PrettyFormatter<'_>, &mut Vec<u8>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut line = Vec::new();
+        if let Some(pretty) = &mut self.pretty {
+            begin(pretty, &mut line)?;
+        }
+        if !first {
+            writer.write_all(self.item.as_bytes())?;
+        }
+        writer.write_all(line.strip_prefix(b",").unwrap_or(&line))
+    }
+}
+
+impl Formatter for Python<'_> {
+    fn begin_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        match &mut self.pretty {
+            Some(pretty) => pretty.begin_array(writer),
+            None => writer.write_all(b"["),
+        }
+    }
+
+    fn end_array<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        match &mut self.pretty {
+            Some(pretty) => pretty.end_array(writer),
+            None => writer.write_all(b"]"),
+        }
+    }
+
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        self.separate(writer, first, |pretty, line| pretty.begin_array_value(line, first))
+    }
+
+    fn end_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.pretty.as_mut().map_or(Ok(()), |pretty| pretty.end_array_value(writer))
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        match &mut self.pretty {
+            Some(pretty) => pretty.begin_object(writer),
+            None => writer.write_all(b"{"),
+        }
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        match &mut self.pretty {
+            Some(pretty) => pretty.end_object(writer),
+            None => writer.write_all(b"}"),
+        }
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        self.separate(writer, first, |pretty, line| pretty.begin_object_key(line, first))
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(self.key.as_bytes())
+    }
+
+    fn end_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        self.pretty.as_mut().map_or(Ok(()), |pretty| pretty.end_object_value(writer))
+    }
+
+    fn write_string_fragment<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        if !self.ascii {
+            return writer.write_all(fragment.as_bytes());
+        }
+        let mut units = [0; 2];
+        for character in fragment.chars() {
+            if character.is_ascii() {
+                write!(writer, "{character}")?;
+            } else {
+                for unit in character.encode_utf16(&mut units) {
+                    write!(writer, "\\u{unit:04x}")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_char_escape<W: ?Sized + io::Write>(
+        &mut self,
+        writer: &mut W,
+        escape: CharEscape,
+    ) -> io::Result<()> {
+        serde_json::ser::CompactFormatter.write_char_escape(writer, escape)
+    }
+}
