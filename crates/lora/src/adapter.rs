@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_kernels::{Tracked, stream};
@@ -16,6 +17,36 @@ pub struct ModuleShape {
     pub in_features: usize,
     /// Features of its output.
     pub out_features: usize,
+    /// Set where the base has no such layer, but one that this is a part of.
+    pub part_of: Option<PartOf>,
+}
+
+/// Some rows of a packed layer, such as the queries' of `qkv_proj`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartOf {
+    /// The packed layer's name.
+    pub module: String,
+    /// Its rows that make up the part.
+    pub rows: Range<usize>,
+}
+
+impl ModuleShape {
+    /// A layer of the base itself.
+    pub fn new(name: impl Into<String>, in_features: usize, out_features: usize) -> Self {
+        Self { name: name.into(), in_features, out_features, part_of: None }
+    }
+
+    /// The same layer with `prefix` in front of all names.
+    #[must_use]
+    pub fn under(&self, prefix: &str) -> Self {
+        let named = |name: &str| format!("{prefix}{name}");
+        let part_of = self.part_of.as_ref();
+        Self {
+            name: named(&self.name),
+            part_of: part_of.map(|part| PartOf { module: named(&part.module), rows: part.rows.clone() }),
+            ..*self
+        }
+    }
 }
 
 /// The two factors of one update, or their gradients: float32 whatever the base holds.

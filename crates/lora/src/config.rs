@@ -59,7 +59,7 @@ impl LoraConfig {
 pub enum TargetModules {
     /// Last parts of module names (`q_proj`) or whole names, matched as PEFT matches a list.
     Names(Vec<String>),
-    /// "all-linear": every linear layer of the decoder's blocks.
+    /// "all-linear": every linear layer of the decoder's blocks, packed ones as they are.
     Word(AllLinear),
 }
 
@@ -76,7 +76,9 @@ impl TargetModules {
     /// the names there are.
     pub fn select<'m>(&self, modules: &'m [ModuleShape]) -> Result<Vec<&'m ModuleShape>, LoraError> {
         let names = match self {
-            Self::Word(AllLinear::AllLinear) => return Ok(modules.iter().collect()),
+            Self::Word(AllLinear::AllLinear) => {
+                return Ok(modules.iter().filter(|module| module.part_of.is_none()).collect());
+            }
             Self::Names(names) => names,
         };
         let matches = |module: &ModuleShape, name: &String| {
@@ -115,7 +117,7 @@ mod tests {
 
     fn modules() -> Vec<ModuleShape> {
         ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
-            .map(|name| ModuleShape { name: name.into(), in_features: 4, out_features: 4 })
+            .map(|name| ModuleShape::new(name, 4, 4))
             .to_vec()
     }
 

@@ -9,10 +9,11 @@ mod adapter;
 mod config;
 mod error;
 mod linear;
+mod packed;
 mod peft;
 
-pub use adapter::{Adapter, LoraPair, ModuleShape};
+pub use adapter::{Adapter, LoraPair, ModuleShape, PartOf};
 pub use config::{LoraConfig, TargetModules};
 pub use error::LoraError;
-pub use linear::{ForwardMode, LoraLinear};
+pub use linear::{ForwardMode, LoraLinear, low_rank_update};
 pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};

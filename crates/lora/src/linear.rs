@@ -1,5 +1,5 @@
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Dropout, FrozenLinear};
+use pronk_kernels::{Dropout, FrozenLinear, add_low_rank};
 
 use crate::Adapter;
 
@@ -44,15 +44,25 @@ impl LoraLinear {
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
     pub fn forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        let Some((adapter, pair)) = mode.adapter.and_then(|a| Some((a, a.pairs.get(&self.name)?))) else {
+        let adapted = mode.adapter.is_some_and(|adapter| adapter.pairs.contains_key(&self.name));
+        if !adapted {
             return self.base.forward(x);
-        };
+        }
         let y = self.base.forward(x.clone());
-        let x = match mode.dropout {
-            Some(dropout) => dropout.apply(x, &self.name),
-            None => x,
-        };
-        let low = x.matmul(pair.a.clone().transpose()); // [tokens, rank]
-        y + low.matmul(pair.b.clone().transpose()) * adapter.config.scale()
+        low_rank_update(y, x, &self.name, mode)
     }
+}
+
+/// `y + scale * (dropout(x) A^T) B^T` of the module called `name`, or `y` where no adapter sits on it.
+///
+/// # Shapes
+/// - x: `[tokens, in]`
+/// - y and result: `[tokens, out]`
+pub fn low_rank_update(y: Tensor<2>, x: Tensor<2>, name: &str, mode: ForwardMode) -> Tensor<2> {
+    let Some((adapter, pair)) = mode.adapter.and_then(|a| Some((a, a.pairs.get(name)?))) else { return y };
+    let x = match mode.dropout {
+        Some(dropout) => dropout.apply(x, name),
+        None => x,
+    };
+    add_low_rank(y, x, &pair.a, &pair.b, adapter.config.scale())
 }

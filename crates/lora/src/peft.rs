@@ -125,15 +125,8 @@ impl Adapter {
     }
 
     fn target_names(&self) -> Vec<String> {
-        let modules: Vec<ModuleShape> = self
-            .pairs
-            .iter()
-            .map(|(name, p)| ModuleShape {
-                name: name.clone(),
-                in_features: p.a.dims()[1],
-                out_features: p.b.dims()[0],
-            })
-            .collect();
+        let modules: Vec<ModuleShape> =
+            self.pairs.iter().map(|(name, p)| ModuleShape::new(name, p.a.dims()[1], p.b.dims()[0])).collect();
         self.config.target_modules.spelled_out(&modules.iter().collect::<Vec<_>>())
     }
 }

@@ -9,7 +9,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use half::bf16;
 use pronk_kernels::{DeviceError, open_device};
 use pronk_lora::{
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraError, ModuleShape, TargetModules,
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraError, LoraPair, ModuleShape, PartOf,
+    TargetModules,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -49,13 +50,70 @@ fn modules() -> Vec<ModuleShape> {
         ("mlp.down_proj", 64, 32),
     ];
     let layer = |layer| {
-        linears.map(|(name, in_features, out_features)| ModuleShape {
-            name: format!("model.layers.{layer}.{name}"),
-            in_features,
-            out_features,
+        linears.map(|(name, in_features, out_features)| {
+            ModuleShape::new(format!("model.layers.{layer}.{name}"), in_features, out_features)
         })
     };
     (0..2).flat_map(layer).collect()
+}
+
+/// Two layers, of which one is packed from two parts.
+fn packed_modules() -> Vec<ModuleShape> {
+    let part = |name: &str, rows: std::ops::Range<usize>| ModuleShape {
+        part_of: Some(PartOf { module: "l.pair".into(), rows: rows.clone() }),
+        ..ModuleShape::new(name, 3, rows.len())
+    };
+    vec![
+        ModuleShape::new("l.pair", 3, 6),
+        ModuleShape::new("l.down", 5, 3),
+        part("l.first", 0..4),
+        part("l.second", 4..6),
+    ]
+}
+
+#[test]
+fn all_linear_means_the_layers_that_the_base_has() {
+    let modules = packed_modules();
+    let all: TargetModules = serde_json::from_str("\"all-linear\"").unwrap();
+    let names = |targets: TargetModules| -> Vec<String> {
+        targets.select(&modules).unwrap().into_iter().map(|m| m.name.clone()).collect()
+    };
+    assert_eq!(names(all), ["l.pair", "l.down"]);
+    assert_eq!(names(TargetModules::Names(vec!["second".into()])), ["l.second"]);
+}
+
+#[test]
+fn parts_of_a_packed_layer_become_blocks_of_one_pair() {
+    let modules = packed_modules();
+    for (rslora, alpha) in [(false, 8.0), (true, 4.0 * 2_f64.sqrt())] {
+        let targets = ["first", "second", "down"].map(str::to_owned).to_vec();
+        let config = LoraConfig {
+            rank: 2,
+            alpha: 4.0,
+            rslora,
+            target_modules: TargetModules::Names(targets),
+            ..LoraConfig::default()
+        };
+        let mut adapter = Adapter::init(&config, &modules, 1, &device()).unwrap();
+        for pair in adapter.pairs.values_mut() {
+            pair.b = pair.b.clone().add_scalar(1.0);
+        }
+        let packed = adapter.onto_packed(&modules);
+        assert_eq!(packed.pairs.keys().collect::<Vec<_>>(), ["l.down", "l.pair"]);
+        assert_eq!((packed.config.rank, packed.config.alpha), (4, alpha));
+        assert!((packed.config.scale() - config.scale()).abs() < 1e-12);
+        let update = |pair: &LoraPair| host(&pair.b.clone().matmul(pair.a.clone()));
+        let [first, second, down] =
+            ["l.first", "l.second", "l.down"].map(|name| update(&adapter.pairs[name]));
+        assert_eq!(update(&packed.pairs["l.pair"]), [first, second].concat());
+        assert_eq!(update(&packed.pairs["l.down"]), down);
+
+        let dir = TempDir::new().unwrap();
+        packed.save(dir.path(), "base", false).unwrap();
+        let loaded = Adapter::load(dir.path(), &modules[..2], &device()).unwrap();
+        assert_eq!(numbers(&loaded), numbers(&packed));
+        assert_eq!(numbers(&packed.onto_packed(&modules)), numbers(&packed), "once is enough");
+    }
 }
 
 fn host(tensor: &Tensor<2>) -> Vec<f32> {
@@ -355,7 +413,7 @@ fn broken_files_are_told() {
 #[test]
 fn a_fresh_adapter_starts_as_in_peft() {
     const IN: usize = 512;
-    let module = ModuleShape { name: "model.layers.0.mlp.up_proj".into(), in_features: IN, out_features: 24 };
+    let module = ModuleShape::new("model.layers.0.mlp.up_proj", IN, 24);
     let config = LoraConfig { rank: 64, target_modules: names(&["up_proj"]), ..LoraConfig::default() };
     for (name, device) in devices() {
         let adapter = Adapter::init(&config, std::slice::from_ref(&module), 7, &device).unwrap();
