@@ -142,11 +142,11 @@ impl Base {
         }
     }
 
-    /// The files of the checkpoint, or those that a GGUF or a quantized base would become: of
-    /// about `shard_bytes` each when its numbers take `bytes_per_number`.
+    /// The files of the checkpoint, or those that a GGUF, a quantized or a PyTorch base would become:
+    /// of about `shard_bytes` each when its numbers take `bytes_per_number`.
     pub fn shards(&self, shard_bytes: usize, bytes_per_number: usize) -> Vec<Shard> {
         match &self.weights {
-            Weights::Safetensors(files) if !files.is_quantized() => files.shards(),
+            Weights::Safetensors(files) if !files.is_quantized() && !files.are_pytorch() => files.shards(),
             _ => {
                 let spec = |(name, shape)| TensorSpec { name, dtype: Dtype::F32, shape };
                 let tensors = self.shapes().into_iter().map(spec).collect();

@@ -1,37 +1,9 @@
-use std::ops::Range;
-
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Rotary, RotaryTables, Span, attention, rms_norm, swiglu};
+use pronk_kernels::{Activation, Scoring, attention, glu, rms_norm};
 use pronk_lora::{ForwardMode, LoraLinear};
 
-use crate::DecoderConfig;
-
-/// Where the rows of a batch stand: which record they belong to, and at which position in it.
-#[derive(Debug, Clone)]
-pub struct Layout {
-    pub(crate) rotary: RotaryTables,
-    pub(crate) spans: Vec<Span>,
-}
-
-impl Layout {
-    /// Records lying one after another, `documents` their rows, `positions` one for each row.
-    pub(crate) fn documents(
-        rotary: &Rotary,
-        positions: &[u32],
-        documents: &[Range<usize>],
-        device: &Device,
-    ) -> Self {
-        let spans = documents.iter().cloned().map(Span::document).collect();
-        Self { rotary: rotary.tables(positions, device), spans }
-    }
-
-    /// `rows` new tokens behind the `before` tokens that a cache holds.
-    pub(crate) fn continuation(rotary: &Rotary, before: usize, rows: usize, device: &Device) -> Self {
-        let positions: Vec<u32> = (before..before + rows).map(|p| p as u32).collect();
-        let span = Span { queries: 0..rows, keys: 0..before + rows };
-        Self { rotary: rotary.tables(&positions, device), spans: vec![span] }
-    }
-}
+use crate::Layout;
+use crate::projections::Projections;
 
 /// Keys and values of the tokens so far, for one block of a generation.
 #[derive(Debug, Clone, Default)]
@@ -51,21 +23,28 @@ impl LayerCache {
     }
 }
 
-/// One decoder block: attention and a gated feed-forward, each behind a norm and beside a
+/// One decoder block: attention and a gated feed-forward, each with norms around it and beside a
 /// residual connection.
 #[derive(Debug, Clone)]
 pub struct Block {
-    pub(crate) input_layernorm: Tensor<1>,
-    pub(crate) q_proj: LoraLinear,
-    pub(crate) k_proj: LoraLinear,
-    pub(crate) v_proj: LoraLinear,
+    pub(crate) attention_norms: NormsAround,
+    pub(crate) qkv: Projections<3>,
+    pub(crate) qk_norms: Option<[Tensor<1>; 2]>,
     pub(crate) o_proj: LoraLinear,
-    pub(crate) post_attention_layernorm: Tensor<1>,
-    pub(crate) gate_proj: LoraLinear,
-    pub(crate) up_proj: LoraLinear,
+    pub(crate) feed_forward_norms: NormsAround,
+    pub(crate) gate_up: Projections<2>,
     pub(crate) down_proj: LoraLinear,
+    pub(crate) activation: Activation,
+    pub(crate) scoring: Scoring,
     pub(crate) head_dim: usize,
     pub(crate) rms_norm_eps: f64,
+}
+
+/// The norms of the input, and in some families of the output, of one half of a block.
+#[derive(Debug, Clone)]
+pub struct NormsAround {
+    pub(crate) before: Tensor<1>,
+    pub(crate) after: Option<Tensor<1>>,
 }
 
 impl Block {
@@ -78,27 +57,32 @@ impl Block {
         mode: ForwardMode,
         cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
-        let h = rms_norm(x.clone(), &self.input_layernorm, self.rms_norm_eps);
-        let x = x + self.attend(h, layout, mode, cache);
-        let h = rms_norm(x.clone(), &self.post_attention_layernorm, self.rms_norm_eps);
-        x + self.feed_forward(h, mode)
+        let x = self.beside(x, &self.attention_norms, |h| self.attend(h, layout, mode, cache));
+        self.beside(x, &self.feed_forward_norms, |h| self.feed_forward(h, mode))
+    }
+
+    /// `x + half(x)`, with the norms of that half.
+    fn beside(
+        &self,
+        x: Tensor<2>,
+        norms: &NormsAround,
+        half: impl FnOnce(Tensor<2>) -> Tensor<2>,
+    ) -> Tensor<2> {
+        let y = half(rms_norm(x.clone(), &norms.before, self.rms_norm_eps));
+        x + match &norms.after {
+            Some(weight) => rms_norm(y, weight, self.rms_norm_eps),
+            None => y,
+        }
     }
 
     /// The same block with its weights on `device`.
     pub(crate) fn on_device(&self, device: &Device) -> Self {
-        let linear = |linear: &LoraLinear| linear.on_device(device);
         Self {
-            input_layernorm: self.input_layernorm.clone(),
-            q_proj: linear(&self.q_proj),
-            k_proj: linear(&self.k_proj),
-            v_proj: linear(&self.v_proj),
-            o_proj: linear(&self.o_proj),
-            post_attention_layernorm: self.post_attention_layernorm.clone(),
-            gate_proj: linear(&self.gate_proj),
-            up_proj: linear(&self.up_proj),
-            down_proj: linear(&self.down_proj),
-            head_dim: self.head_dim,
-            rms_norm_eps: self.rms_norm_eps,
+            qkv: self.qkv.on_device(device),
+            o_proj: self.o_proj.on_device(device),
+            gate_up: self.gate_up.on_device(device),
+            down_proj: self.down_proj.on_device(device),
+            ..self.clone()
         }
     }
 
@@ -113,24 +97,31 @@ impl Block {
             let [tokens, width] = y.dims();
             y.reshape([tokens, width / self.head_dim, self.head_dim])
         };
-        let q = layout.rotary.apply(heads(self.q_proj.forward(x.clone(), mode)));
-        let k = layout.rotary.apply(heads(self.k_proj.forward(x.clone(), mode)));
-        let v = heads(self.v_proj.forward(x, mode));
+        let rotary = layout.rotary(self.scoring.window.is_some());
+        let [q, k, v] = self.qkv.forward(&x, mode);
+        drop(x);
+        let [q_norm, k_norm] =
+            self.qk_norms.as_ref().map_or([None, None], |norms| norms.each_ref().map(Some));
+        let q = rotary.apply(heads(self.norm_heads(q, q_norm)));
+        let k = rotary.apply(heads(self.norm_heads(k, k_norm)));
         let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
+            Some(cache) => cache.append(k, heads(v)),
+            None => (k, heads(v)),
         };
-        self.o_proj.forward(attention(q, &k, &v, &layout.spans), mode)
+        self.o_proj.forward(attention(q, &k, &v, &layout.spans, self.scoring), mode)
+    }
+
+    /// Each head normed for itself, where there is a norm of heads.
+    fn norm_heads(&self, x: Tensor<2>, weight: Option<&Tensor<1>>) -> Tensor<2> {
+        let Some(weight) = weight else { return x };
+        let [tokens, width] = x.dims();
+        let heads = x.reshape([tokens * width / self.head_dim, self.head_dim]);
+        rms_norm(heads, weight, self.rms_norm_eps).reshape([tokens, width])
     }
 
     fn feed_forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        let gate = self.gate_proj.forward(x.clone(), mode);
-        let up = self.up_proj.forward(x, mode);
-        self.down_proj.forward(swiglu(gate, up), mode)
+        let [gate, up] = self.gate_up.forward(&x, mode);
+        drop(x);
+        self.down_proj.forward(glu(gate, up, self.activation), mode)
     }
-}
-
-/// The rotary embedding that a configuration describes.
-pub fn rotary(config: &DecoderConfig) -> Rotary {
-    Rotary::new(config.head_dim, config.rope_theta, config.rope_scaling)
 }

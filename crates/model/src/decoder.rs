@@ -3,11 +3,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{FrozenLinear, FrozenMatrix, Rotary, computes_on_host, rms_norm};
+use pronk_kernels::{FrozenLinear, FrozenMatrix, computes_on_host, rms_norm, soft_cap};
 use pronk_lora::ForwardMode;
 
-use crate::block::rotary;
 use crate::config::block_prefix;
+use crate::layout::Rotaries;
 use crate::loader::{LoadConfig, Loader, Residency};
 use crate::mapped::Pages;
 use crate::{Base, Block, DecoderConfig, LayerCache, Layout, ModelError};
@@ -31,13 +31,13 @@ pub struct Decoder {
     embed_tokens: Arc<FrozenMatrix>,
     norm: Tensor<1>,
     lm_head: FrozenLinear,
-    rotary: Rotary,
+    rotaries: Rotaries,
     device: Device,
 }
 
 impl Decoder {
     /// Opens `base` for computing on `device`. On the host's processor weights stay where they are,
-    /// mapped; other devices get them in float32. `progress` hears of each tensor: how many are
+    /// mapped; CubeCL's cards get them in the same formats, LibTorch's in float32. `progress` hears of each tensor: how many are
     /// there, and how many there will be.
     pub fn load(
         base: &Base,
@@ -52,11 +52,11 @@ impl Decoder {
         let layers = 0..base.config.num_hidden_layers;
         let blocks = layers.clone().map(|layer| loader.block(layer).map(Arc::new));
         let blocks = blocks.collect::<Result<_, _>>()?;
-        let norm = loader.vector("model.norm.weight")?;
-        let head = if base.config.tie_word_embeddings {
-            Arc::clone(&embed_tokens)
+        let norm = loader.norm("model.norm.weight")?;
+        let (head_name, head) = if base.config.tie_word_embeddings {
+            ("model.embed_tokens.weight", Arc::clone(&embed_tokens))
         } else {
-            loader.matrix("lm_head.weight")?
+            ("lm_head.weight", loader.matrix("lm_head.weight")?)
         };
         Ok(Self {
             config: base.config.clone(),
@@ -64,8 +64,8 @@ impl Decoder {
             streamed: (config.weights == Residency::Streamed).then(|| loader.streamed(layers)),
             embed_tokens,
             norm,
-            lm_head: loader.head(head),
-            rotary: rotary(&base.config),
+            lm_head: loader.head(head_name, head),
+            rotaries: Rotaries::new(&base.config),
             device: device.clone(),
         })
     }
@@ -97,19 +97,24 @@ impl Decoder {
         block_prefix(layer)
     }
 
-    /// The output projection, from `hidden` to the vocabulary.
+    /// The output projection, from `hidden` to the vocabulary, before logits are capped.
     pub fn lm_head(&self) -> &FrozenLinear {
         &self.lm_head
     }
 
     /// Embeddings of `token_ids`, `[tokens, hidden]`.
     pub fn embed(&self, token_ids: &[u32]) -> Tensor<2> {
-        Tensor::from_data(self.embed_tokens.select(token_ids), &self.device)
+        let rows = Tensor::from_data(self.embed_tokens.select(token_ids), &self.device);
+        if self.config.traits().scaled_embeddings {
+            rows * (self.config.hidden_size as f64).sqrt()
+        } else {
+            rows
+        }
     }
 
     /// The layout of records that lie one after another.
     pub fn layout(&self, positions: &[u32], documents: &[Range<usize>]) -> Layout {
-        Layout::documents(&self.rotary, positions, documents, &self.device)
+        Layout::documents(&self.rotaries, positions, documents, &self.device)
     }
 
     /// The norm in front of the output projection, `[rows, hidden]` to the same.
@@ -141,7 +146,7 @@ impl Decoder {
         caches: &mut [LayerCache],
         mode: ForwardMode,
     ) -> Tensor<2> {
-        let layout = Layout::continuation(&self.rotary, before, token_ids.len(), &self.device);
+        let layout = Layout::continuation(&self.rotaries, before, token_ids.len(), &self.device);
         let mut x = self.embed(token_ids);
         for ((_, block), cache) in self.visit(0..self.layers()).zip(caches) {
             x = block.forward(x, &layout, mode, Some(cache));
@@ -149,8 +154,14 @@ impl Decoder {
         self.project(x.narrow(0, token_ids.len() - 1, 1))
     }
 
+    /// What the logits are capped at, as [`soft_cap()`] does it.
+    pub fn logit_cap(&self) -> Option<f32> {
+        self.config.final_logit_softcapping.map(|cap| cap as f32)
+    }
+
     fn project(&self, hidden: Tensor<2>) -> Tensor<2> {
-        self.lm_head.forward(self.final_norm(hidden))
+        let logits = self.lm_head.forward(self.final_norm(hidden));
+        if let Some(cap) = self.logit_cap() { soft_cap(logits, cap) } else { logits }
     }
 }
 

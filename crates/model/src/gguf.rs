@@ -14,6 +14,7 @@ use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use pronk_kernels::{Format, FrozenError, FrozenMatrix};
 use safetensors::Dtype;
 
+use crate::family::{Family, Traits};
 use crate::mapped::{MappedFile, Pages};
 use crate::{DecoderConfig, HostTensor, ModelError};
 use config::ROPE_FREQS;
@@ -26,6 +27,7 @@ pub struct GgufFile {
     content: Content,
     /// The file's tensor names by Hugging Face's.
     names: BTreeMap<String, String>,
+    traits: &'static Traits,
     heads: usize,
     kv_heads: usize,
 }
@@ -40,10 +42,14 @@ impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<(Self, DecoderConfig), ModelError> {
         let mapped = MappedFile::open(path)?;
         let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| unreadable(path, &e))?;
-        let names = content.tensor_infos.keys().map(|name| (hugging_face_name(name), name.clone())).collect();
-        let mut file = Self { path: path.into(), mapped, content, names, heads: 1, kv_heads: 1 };
+        let (names, traits) = (BTreeMap::new(), Family::Llama.traits());
+        let mut file = Self { path: path.into(), mapped, content, names, traits, heads: 1, kv_heads: 1 };
         file.check_length()?;
-        let config = file.config()?;
+        let family = file.family()?;
+        file.traits = family.traits();
+        let named = |name: &String| (hugging_face_name(name, file.traits), name.clone());
+        file.names = file.content.tensor_infos.keys().map(named).collect();
+        let config = file.config(family)?;
         (file.heads, file.kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         // The frequencies' factors are the configuration's, not a weight.
         file.names.remove(ROPE_FREQS);
@@ -131,7 +137,8 @@ impl GgufFile {
         self.mapped.pages(begin..begin.checked_add(byte_len(info)?)?)
     }
 
-    /// A tensor, dequantized to float32, its query and key rows in Hugging Face's order.
+    /// A tensor, dequantized to float32, its query and key rows in Hugging Face's order, norms as
+    /// Hugging Face stores them.
     pub(crate) fn read(&self, name: &str) -> Option<Result<HostTensor<'static>, ModelError>> {
         if let Some(Ok(matrix)) = self.matrix(name) {
             return Some(Ok(HostTensor::dequantized(&matrix)));
@@ -141,6 +148,9 @@ impl GgufFile {
             if let (Some(heads), Some(&rows)) = (self.interleaved_heads(gguf), shape.first()) {
                 values = interleaved_to_halves(&values, rows, heads);
             }
+            if self.traits.norms_less_one && name.ends_with("norm.weight") {
+                values.iter_mut().for_each(|weight| *weight -= 1.0);
+            }
             HostTensor::from_f32(&values, shape, Dtype::F32)
         }))
     }
@@ -148,6 +158,7 @@ impl GgufFile {
     /// Heads whose rows llama.cpp has in another order.
     fn interleaved_heads(&self, gguf: &str) -> Option<usize> {
         match gguf.rsplit('.').nth(1) {
+            _ if !self.traits.gguf_interleaved => None,
             Some("attn_q") => Some(self.heads),
             Some("attn_k") => Some(self.kv_heads),
             _ => None,

@@ -4,18 +4,21 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, computes_on_host};
+use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, computes_on_host, dense_bytes_on_card};
 use pronk_lora::LoraLinear;
 
-use crate::config::block_prefix;
+use crate::block::NormsAround;
+use crate::config::{GATE_UP, GATE_UP_PROJ, QK_NORMS, QKV, QKV_PROJ, block_prefix};
 use crate::decoder::Streamed;
+use crate::family::Norms;
 use crate::mapped::Pages;
+use crate::projections::Projections;
 use crate::{Base, Block, ModelError};
 
 /// How a decoder holds its weights and multiplies with them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadConfig {
-    /// What factors of products are rounded to, on the host's processor.
+    /// What factors of products are rounded to.
     pub precision: Precision,
     /// Whether all blocks stay in memory.
     pub weights: Residency,
@@ -27,6 +30,16 @@ impl LoadConfig {
         self.weights == Residency::Resident
             && self.precision == Precision::Bf16
             && Precision::fastest() == Precision::Bf16
+    }
+
+    /// The format that a matrix is kept in while it computes, and its bytes.
+    fn kept(self, matrix: &FrozenMatrix, memory: Memory) -> (Format, usize) {
+        let [rows, cols] = matrix.shape();
+        if memory == Memory::Host && self.rounds_at_load() && matrix.format() == Format::F32 {
+            (Format::Bf16, Format::Bf16.bytes_for(rows, cols))
+        } else {
+            (matrix.format(), matrix.byte_len())
+        }
     }
 }
 
@@ -46,33 +59,61 @@ pub enum Residency {
     Streamed,
 }
 
-/// Bytes of a base's weights while it computes on the host's processor.
+/// The memory that weights are multiplied in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// This machine's own.
+    Host,
+    /// A graphics card's.
+    Card,
+}
+
+impl Memory {
+    /// Where `device` keeps its tensors.
+    pub fn of(device: &Device) -> Self {
+        if computes_on_host(device) { Self::Host } else { Self::Card }
+    }
+}
+
+/// Bytes of a base's weights while it computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WeightBytes {
-    /// Of those that are there all the time: everything, or where blocks are streamed the largest block.
+    /// Where they are.
+    pub memory: Memory,
+    /// Of those that are there while blocks compute: everything, or where blocks are streamed the largest
+    /// block. A card holds the output projection all the time.
     pub resident: u64,
-    /// Of the output projection, where it comes and goes between the blocks.
+    /// Of the output projection, where the blocks are gone while it computes.
     pub streamed_head: u64,
+    /// Of the one matrix that is dense for its product, on a card.
+    pub dense: u64,
 }
 
 impl WeightBytes {
     /// As `base` keeps them, or with the linear layers of its blocks in `format`. Nothing is read
     /// beyond headers.
-    pub fn of(base: &Base, config: LoadConfig, format: Option<Format>) -> Result<Self, ModelError> {
-        let (mut blocks, mut rest) = (vec![0; base.config.num_hidden_layers], 0);
+    pub fn of(
+        base: &Base,
+        config: LoadConfig,
+        format: Option<Format>,
+        memory: Memory,
+    ) -> Result<Self, ModelError> {
+        let (mut blocks, mut rest, mut dense) = (vec![0; base.config.num_hidden_layers], 0, 0);
         let head =
             if base.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
         for (name, shape) in base.config.tensors() {
             let block = (0..blocks.len()).find(|&layer| name.starts_with(&block_prefix(layer)));
-            let bytes = match (&shape[..], format.filter(|_| block.is_some())) {
-                (&[rows, cols], Some(format)) => format.bytes_for(rows, cols) as u64,
-                (&[rows, cols], None) => {
-                    let matrix = base.matrix(&name)?;
-                    let rounded = config.rounds_at_load() && matrix.format() == Format::F32;
-                    let bytes = if rounded { Format::Bf16.bytes_for(rows, cols) } else { matrix.byte_len() };
-                    bytes as u64
+            let bytes = if let &[rows, cols] = &shape[..] {
+                let (kept, bytes) = match format.filter(|_| block.is_some()) {
+                    Some(format) => (format, format.bytes_for(rows, cols)),
+                    None => config.kept(&base.matrix(&name)?, memory),
+                };
+                if memory == Memory::Card && (block.is_some() || name == head) {
+                    dense = dense.max(dense_bytes_on_card(kept, [rows, cols], config.precision));
                 }
-                _ => 4 * shape.iter().product::<usize>() as u64,
+                bytes as u64
+            } else {
+                4 * shape.iter().product::<usize>() as u64
             };
             match block {
                 Some(layer) => blocks[layer] += bytes,
@@ -81,12 +122,12 @@ impl WeightBytes {
                 None => {}
             }
         }
-        Ok(match config.weights {
-            Residency::Resident => Self { resident: blocks.iter().sum::<u64>() + rest, streamed_head: 0 },
-            Residency::Streamed => {
-                Self { resident: blocks.into_iter().max().unwrap_or(0), streamed_head: rest }
-            }
-        })
+        let (resident, streamed_head) = match (config.weights, blocks.iter().max().copied().unwrap_or(0)) {
+            (Residency::Resident, _) => (blocks.iter().sum::<u64>() + rest, 0),
+            (Residency::Streamed, block) if memory == Memory::Card => (block + rest, rest),
+            (Residency::Streamed, block) => (block, rest),
+        };
+        Ok(Self { memory, resident, streamed_head, dense: dense as u64 })
     }
 }
 
@@ -113,16 +154,21 @@ impl Loader<'_> {
         Ok(tensor)
     }
 
-    /// A layer where it will compute: products with host matrices run on the host, so another
-    /// device gets its own copy, unless blocks are sent there one at a time.
-    pub fn linear(&self, weight: Arc<FrozenMatrix>, bias: Option<Tensor<1>>) -> FrozenLinear {
+    /// A layer where it will compute: another device than the host's processor gets a copy of its own,
+    /// in memory of just that size, and the host's pages go.
+    fn linear(&self, name: &str, weight: Arc<FrozenMatrix>, bias: Option<Tensor<1>>) -> FrozenLinear {
         let linear = FrozenLinear::on_host(weight, self.config.precision, bias);
-        if computes_on_host(self.device) { linear } else { linear.on_device(self.device) }
+        if computes_on_host(self.device) {
+            return linear;
+        }
+        let linear = self.device.memory_persistent_allocations(linear, |l| l.on_device(self.device));
+        self.base.pages(name).iter().for_each(Pages::release);
+        linear
     }
 
-    /// The output projection. Where it is tied to the embeddings, these stay as they are.
-    pub fn head(&self, weight: Arc<FrozenMatrix>) -> FrozenLinear {
-        self.linear(self.rounded(weight), None)
+    /// The output projection called `name`. Where it is tied to the embeddings, these stay as they are.
+    pub fn head(&self, name: &str, weight: Arc<FrozenMatrix>) -> FrozenLinear {
+        self.linear(name, self.rounded(weight), None)
     }
 
     fn rounded(&self, weight: Arc<FrozenMatrix>) -> Arc<FrozenMatrix> {
@@ -135,34 +181,75 @@ impl Loader<'_> {
 
     pub fn block(&mut self, layer: usize) -> Result<Block, ModelError> {
         let config = &self.base.config;
+        let traits = config.traits();
         let prefix = block_prefix(layer);
-        let (attention, mlp) = (config.attention_bias, config.mlp_bias);
-        let mut linear = |name: &str, bias| self.lora_linear(format!("{prefix}{name}"), bias);
+        let [q, kv] = config.attention_widths();
+        let inner = config.intermediate_size;
+        let [attention, feed_forward] = traits.norms;
         Ok(Block {
-            q_proj: linear("self_attn.q_proj", attention)?,
-            k_proj: linear("self_attn.k_proj", attention)?,
-            v_proj: linear("self_attn.v_proj", attention)?,
-            o_proj: linear("self_attn.o_proj", attention)?,
-            gate_proj: linear("mlp.gate_proj", mlp)?,
-            up_proj: linear("mlp.up_proj", mlp)?,
-            down_proj: linear("mlp.down_proj", mlp)?,
-            input_layernorm: self.vector(&format!("{prefix}input_layernorm.weight"))?,
-            post_attention_layernorm: self.vector(&format!("{prefix}post_attention_layernorm.weight"))?,
+            attention_norms: self.norms(&prefix, attention)?,
+            qkv: self.projections(&prefix, QKV, QKV_PROJ, [q, kv, kv])?,
+            qk_norms: if traits.qk_norm {
+                let [q, k] = QK_NORMS.map(|name| self.norm(&format!("{prefix}{name}.weight")));
+                Some([q?, k?])
+            } else {
+                None
+            },
+            o_proj: self.lora_linear(format!("{prefix}self_attn.o_proj"))?,
+            feed_forward_norms: self.norms(&prefix, feed_forward)?,
+            gate_up: self.projections(&prefix, GATE_UP, GATE_UP_PROJ, [inner, inner])?,
+            down_proj: self.lora_linear(format!("{prefix}mlp.down_proj"))?,
+            activation: traits.activation,
+            scoring: config.scoring(layer),
             head_dim: config.head_dim,
             rms_norm_eps: config.rms_norm_eps,
         })
     }
 
-    fn lora_linear(&mut self, name: String, bias: bool) -> Result<LoraLinear, ModelError> {
-        let weight = self.matrix(&format!("{name}.weight"))?;
+    /// The weight of a norm, as it multiplies.
+    pub fn norm(&mut self, name: &str) -> Result<Tensor<1>, ModelError> {
+        let weight = self.vector(name)?;
+        Ok(if self.base.config.traits().norms_less_one { weight + 1.0 } else { weight })
+    }
+
+    fn norms(&mut self, prefix: &str, names: Norms) -> Result<NormsAround, ModelError> {
+        let mut norm = |name: &str| self.norm(&format!("{prefix}{name}.weight"));
+        Ok(NormsAround { before: norm(names.before)?, after: names.after.map(norm).transpose()? })
+    }
+
+    /// Layers of the block called `prefix` that read the same input; `widths` of their outputs.
+    fn projections<const N: usize>(
+        &mut self,
+        prefix: &str,
+        names: [&str; N],
+        packed: &str,
+        widths: [usize; N],
+    ) -> Result<Projections<N>, ModelError> {
+        let names = names.map(|name| format!("{prefix}{name}"));
+        if self.base.config.traits().packed {
+            let layer = self.lora_linear(format!("{prefix}{packed}"))?;
+            let mut widths = widths.into_iter();
+            let parts = names.map(|name| (name, widths.next().unwrap_or_default()));
+            return Ok(Projections::Packed(layer, parts));
+        }
+        let layers: Vec<LoraLinear> =
+            names.into_iter().map(|name| self.lora_linear(name)).collect::<Result<_, _>>()?;
+        let all = <[LoraLinear; N]>::try_from(layers);
+        all.map(Projections::Apart).map_err(|_| ModelError::malformed(&self.base.path, "layers of a block"))
+    }
+
+    fn lora_linear(&mut self, name: String) -> Result<LoraLinear, ModelError> {
+        let bias = self.base.config.has_bias(&name);
+        let matrix = format!("{name}.weight");
+        let weight = self.matrix(&matrix)?;
         let format = weight.format();
         let weight = self.rounded(weight);
         if weight.format() != format {
-            self.base.pages(&format!("{name}.weight")).iter().for_each(Pages::release);
+            self.base.pages(&matrix).iter().for_each(Pages::release);
         }
         let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
         let linear = match self.config.weights {
-            Residency::Resident => self.linear(weight, bias),
+            Residency::Resident => self.linear(&matrix, weight, bias),
             Residency::Streamed => FrozenLinear::on_host(weight, self.config.precision, bias),
         };
         Ok(LoraLinear::new(name, linear))

@@ -1,4 +1,5 @@
-//! Weights of a Hugging Face directory: one safetensors file, or shards with an index.
+//! Weights of a Hugging Face directory: one file, or shards with an index; safetensors, or where
+//! there are none, PyTorch's own.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,19 +14,31 @@ use serde::Deserialize;
 use crate::base::Shard;
 use crate::bitsandbytes::{self, StoredMatrix};
 use crate::mapped::{MappedFile, Pages};
+use crate::pytorch_file::{self, PytorchFile};
 use crate::{HostTensor, ModelError, Scheme};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// A single file and the index of shards, by preference.
+const KINDS: [(&str, &str); 2] = [
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+];
 
 /// The mapped files, with every tensor's place.
 #[derive(Debug)]
 pub struct SafetensorsFiles {
-    files: Vec<(String, MappedFile)>,
+    files: Vec<File>,
     /// File, first byte and description by tensor name.
     tensors: BTreeMap<String, (usize, usize, TensorInfo)>,
     /// Matrices that several tensors make up, and what is wrong with those that could not be.
     quantized: BTreeMap<String, Result<StoredMatrix, Vec<String>>>,
+}
+
+#[derive(Debug)]
+struct File {
+    name: String,
+    mapped: MappedFile,
+    /// What says where the tensors lie.
+    header: Range<usize>,
 }
 
 #[derive(Deserialize)]
@@ -35,15 +48,18 @@ struct Index {
 
 impl SafetensorsFiles {
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        let index = dir.join(INDEX);
+        let there = |name: &str| dir.join(name).exists();
+        let Some((single, index)) = KINDS.into_iter().find(|(single, index)| there(single) || there(index))
+        else {
+            let [(single, index), (other, _)] = KINDS;
+            return Err(ModelError::NoBase {
+                path: dir.into(),
+                problem: format!("expected {single}, or shards with {index}; found neither, nor a {other}"),
+            });
+        };
+        let index = dir.join(index);
         if !index.exists() {
-            if !dir.join(SINGLE).exists() {
-                return Err(ModelError::NoBase {
-                    path: dir.into(),
-                    problem: format!("expected {SINGLE}, or shards with {INDEX}; found neither"),
-                });
-            }
-            return Self::map_all(dir, vec![SINGLE.to_owned()]);
+            return Self::map_all(dir, vec![single.to_owned()]);
         }
         let text = fs::read(&index).map_err(ModelError::io(&index))?;
         let Index { weight_map } =
@@ -69,16 +85,30 @@ impl SafetensorsFiles {
         for name in names {
             let path = dir.join(&name);
             let mapped = MappedFile::open(&path)?;
-            let (start, header) = SafeTensors::read_metadata(&mapped).map_err(|e| broken(&path, &e))?;
-            // Checks that the file is as long as its header says.
-            SafeTensors::deserialize(&mapped).map_err(|e| broken(&path, &e))?;
-            let data = start + size_of::<u64>();
-            for (tensor, info) in header.tensors() {
-                all.tensors.insert(tensor, (all.files.len(), data, info.clone()));
-            }
-            all.files.push((name, mapped));
+            let number = all.files.len();
+            let header = if is_pytorch(&name) {
+                let PytorchFile { pickle, tensors } = pytorch_file::read(&path, &mapped)?;
+                let tensors = tensors.into_iter().map(|(name, start, info)| (name, (number, start, info)));
+                all.tensors.extend(tensors);
+                pickle
+            } else {
+                let (start, header) = SafeTensors::read_metadata(&mapped).map_err(|e| broken(&path, &e))?;
+                // Checks that the file is as long as its header says.
+                SafeTensors::deserialize(&mapped).map_err(|e| broken(&path, &e))?;
+                let data = start + size_of::<u64>();
+                for (tensor, info) in header.tensors() {
+                    all.tensors.insert(tensor, (number, data, info.clone()));
+                }
+                0..data
+            };
+            all.files.push(File { name, mapped, header });
         }
         Ok(all)
+    }
+
+    /// Whether these are PyTorch's own files, which nothing new is written as.
+    pub fn are_pytorch(&self) -> bool {
+        self.files.iter().any(|file| is_pytorch(&file.name))
     }
 
     /// Puts matrices quantized to `scheme` together. From then on the tensors that make up a matrix
@@ -201,7 +231,7 @@ impl SafetensorsFiles {
     fn place(&self, name: &str) -> Option<(&MappedFile, Range<usize>, &TensorInfo)> {
         let (file, data, info) = self.tensors.get(name)?;
         let (begin, end) = info.data_offsets;
-        Some((&self.files.get(*file)?.1, data + begin..data + end, info))
+        Some((&self.files.get(*file)?.mapped, data + begin..data + end, info))
     }
 
     pub fn shards(&self) -> Vec<Shard> {
@@ -209,16 +239,19 @@ impl SafetensorsFiles {
             self.tensors.iter().filter(move |(_, t)| t.0 == file).map(|(name, _)| name.clone()).collect()
         };
         let files = self.files.iter().enumerate();
-        files.map(|(i, (file, _))| Shard { file: file.clone(), tensors: names(i) }).collect()
+        files.map(|(i, file)| Shard { file: file.name.clone(), tensors: names(i) }).collect()
     }
 
-    /// The files' names, and what stands in each in front of the first tensor's numbers.
+    /// The files' names, and what in each says where the tensors lie.
     pub fn headers(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.files.iter().map(|(name, file)| {
-            let length = file.first_chunk().map_or(0, |&bytes| u64::from_le_bytes(bytes) as usize);
-            (name.as_str(), file.get(..length.saturating_add(8)).unwrap_or(file))
-        })
+        self.files
+            .iter()
+            .map(|file| (file.name.as_str(), file.mapped.get(file.header.clone()).unwrap_or(&file.mapped)))
     }
+}
+
+fn is_pytorch(name: &str) -> bool {
+    name.ends_with(".bin")
 }
 
 fn broken(path: &Path, error: &safetensors::SafeTensorError) -> ModelError {

@@ -4,6 +4,7 @@
 mod shapes;
 mod tokenizer;
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -17,7 +18,9 @@ use safetensors::Dtype;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::{CheckpointWriter, DecoderConfig, ModelError, TensorSpec, WrittenWeights};
+use crate::bitsandbytes::{QUANTIZATION_CONFIG, quantization_config};
+use crate::quantize::{QuantizedStream, QuantizedTensor};
+use crate::{CheckpointWriter, DecoderConfig, HostTensor, ModelError, Scheme, WrittenWeights};
 
 pub use shapes::{SHAPES, Shape};
 
@@ -33,7 +36,8 @@ const CHUNK: usize = 1 << 16;
 
 /// Writes a base that looks like `config` to the directory `out`, which must not exist or be
 /// empty: bfloat16 weights drawn from a normal distribution with standard deviation 0.02, norms
-/// of ones, and a tokenizer with a token a byte. It has learned nothing.
+/// of ones, and a tokenizer with a token a byte. It has learned nothing. With a `scheme`, what is
+/// written is that base quantized, and the bfloat16 numbers never are.
 ///
 /// A tensor's numbers depend on `seed` and on its name alone, and one tensor at a time is in
 /// memory. `progress` hears how many bytes of weights are written and how many there will be;
@@ -43,26 +47,34 @@ pub fn synthesize(
     config: &DecoderConfig,
     out: &Path,
     seed: u64,
+    scheme: Option<Scheme>,
     mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<WrittenWeights, ModelError> {
     check(config, out)?;
-    let spec = |(name, shape)| TensorSpec { name, dtype: Dtype::BF16, shape };
-    let specs: Vec<TensorSpec> = config.tensors().into_iter().map(spec).collect();
+    let tensor = |(name, shape)| match scheme {
+        Some(scheme) => QuantizedTensor::new(scheme, name, shape, Dtype::BF16),
+        None => QuantizedTensor::dense(name, shape, Dtype::BF16),
+    };
+    let tensors: Vec<QuantizedTensor> = config.tensors().into_iter().map(tensor).collect();
+    let mut stream = QuantizedStream::new(out, &tensors);
+    let specs = stream.specs();
     let total = specs.iter().map(|spec| spec.bytes() as u64).sum();
-    let mut writer = CheckpointWriter::create(out, specs.clone(), SHARD_BYTES)?;
-    add_text(&mut writer, "config.json", &config_json(config))?;
+    let mut writer = CheckpointWriter::create(out, specs, SHARD_BYTES)?;
+    add_text(&mut writer, "config.json", &config_json(config, scheme))?;
     for (name, text) in tokenizer::files(config.max_position_embeddings) {
         add_text(&mut writer, name, &text)?;
     }
     // One memory for all tensors: to ask the system for it again costs as much as to fill it.
     let (mut numbers, mut done) = (Vec::new(), 0);
-    for spec in &specs {
+    for tensor in &tensors {
         if progress(done, total).is_break() {
             return Err(ModelError::Interrupted);
         }
-        values(spec, seed, &mut numbers);
-        writer.write(&spec.name, bytemuck::cast_slice(&numbers))?;
-        done += spec.bytes() as u64;
+        values(tensor, seed, config.traits().norms_less_one, &mut numbers);
+        let bytes = Cow::Borrowed(bytemuck::cast_slice(&numbers));
+        let host = HostTensor { dtype: Dtype::BF16, shape: tensor.shape.clone(), bytes };
+        stream.write(tensor, host, &mut |name, bytes| writer.write(name, bytes))?;
+        done += tensor.specs().iter().map(|spec| spec.bytes() as u64).sum::<u64>();
     }
     if progress(done, total).is_break() {
         return Err(ModelError::Interrupted);
@@ -81,10 +93,13 @@ fn check(config: &DecoderConfig, out: &Path) -> Result<(), ModelError> {
     if problems.is_empty() { Ok(()) } else { Err(ModelError::Unsupported { path: out.into(), problems }) }
 }
 
-fn config_json(config: &DecoderConfig) -> Value {
+fn config_json(config: &DecoderConfig, scheme: Option<Scheme>) -> Value {
     let mut json = config.to_json("bfloat16");
     for (key, id) in tokenizer::SPECIAL_IDS {
         json[key] = id.into();
+    }
+    if let Some(scheme) = scheme {
+        json[QUANTIZATION_CONFIG] = quantization_config(scheme);
     }
     json
 }
@@ -94,20 +109,22 @@ fn add_text(writer: &mut CheckpointWriter, name: &str, json: &Value) -> Result<(
 }
 
 /// Puts the numbers of one tensor in the place of `numbers`, as bfloat16 in the byte order of a
-/// file: ones for a norm, for all others draws from N(0, 0.02^2).
+/// file: ones for a norm, or zeros where it is stored less one, for all others draws from
+/// N(0, 0.02^2).
 ///
 /// `ChaCha8` keyed with the seed and the name, a stream of it for every [`CHUNK`], so that no
 /// number depends on the order of the tensors or on the threads. The ziggurat method (Doornik
 /// 2005, `rand_distr`) makes normal numbers of its bits: exact in the tails, and still faster
 /// than a disk.
-pub(crate) fn values(spec: &TensorSpec, seed: u64, numbers: &mut Vec<u16>) {
-    let count = spec.shape.iter().product();
+fn values(tensor: &QuantizedTensor, seed: u64, norms_less_one: bool, numbers: &mut Vec<u16>) {
+    let count = tensor.shape.iter().product();
+    let one = if norms_less_one { bf16::ZERO } else { bf16::ONE };
     numbers.clear();
-    numbers.resize(count, bf16::ONE.to_bits().to_le());
-    if spec.name.ends_with("norm.weight") {
+    numbers.resize(count, one.to_bits().to_le());
+    if tensor.name.ends_with("norm.weight") {
         return;
     }
-    let key = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(&spec.name).finalize();
+    let key = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(&tensor.name).finalize();
     numbers.par_chunks_mut(CHUNK).enumerate().for_each(|(stream, chunk)| {
         let mut rng = ChaCha8Rng::from_seed(key.into());
         rng.set_stream(stream as u64);

@@ -205,7 +205,7 @@ fn change_config(dir: &TempDir, change: impl Fn(&mut Value)) {
 fn a_configuration_that_asks_for_what_is_not_computed() {
     let dir = copy("gqa");
     change_config(&dir, |config| {
-        config["model_type"] = "qwen2".into();
+        config["model_type"] = "mamba".into();
         config["hidden_act"] = "gelu".into();
         config["sliding_window"] = 4096.into();
         config["quantization_config"] = json!({"quant_method": "gptq"});
@@ -220,7 +220,8 @@ fn a_configuration_that_asks_for_what_is_not_computed() {
     });
     let lines = [
         "config.json: this base needs what is not supported:",
-        "model_type: expected \"llama\", found \"qwen2\"",
+        "model_type: expected one of \"llama\", \"mistral\", \"qwen2\", \"qwen3\", \"gemma2\", \"gemma3_text\", \
+         \"phi3\", found \"mamba\"",
         "hidden_act: expected \"silu\", found \"gelu\"",
         "sliding_window: 4096 is not supported",
         "quantization_config: {\"quant_method\":\"gptq\"} is not supported",
@@ -384,7 +385,10 @@ fn a_gguf_file_of_something_else() {
     assert_tells(&refusal(&written(&dir, b"not a model")), &["not a whole GGUF file"]);
     let bytes =
         gguf(|metadata| drop(metadata.insert("general.architecture", GgufValue::String("mamba".into()))));
-    assert_tells(&refusal(&written(&dir, &bytes)), &["expected \"llama\", found \"mamba\""]);
+    assert_tells(
+        &refusal(&written(&dir, &bytes)),
+        &["expected one of \"llama\", \"qwen2\"", "found \"mamba\""],
+    );
     let bytes = gguf(|metadata| {
         metadata.remove("llama.embedding_length");
         metadata.insert("llama.attention.head_count", GgufValue::U32(0));

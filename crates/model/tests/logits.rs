@@ -1,4 +1,5 @@
-//! The decoder's logits against those of transformers and PEFT, on random Llamas of every kind.
+//! The decoder's logits against those of transformers and PEFT, on random Llamas of every kind and on
+//! every other family.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test reports by panicking
 
 mod golden;
@@ -10,7 +11,25 @@ use golden::{Answers, assert_close, devices, host, workspace};
 use pronk_lora::{Adapter, ForwardMode};
 use pronk_model::{Base, Decoder, LoadConfig, Sampling, generate};
 
-const VARIANTS: [&str; 6] = ["gqa", "tied", "bias", "head-dim", "rope-linear", "rope-llama3"];
+const VARIANTS: [&str; 12] = [
+    "gqa",
+    "tied",
+    "bias",
+    "head-dim",
+    "rope-linear",
+    "rope-llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+];
+/// File of answers, and the adapters in it.
+const ADAPTERS: [(&str, &[&str]); 2] = [
+    ("lora-gradients.safetensors", &["gqa", "tied", "rslora"]),
+    ("family-gradients.safetensors", &["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]),
+];
 const TOLERANCE: f32 = 1e-4;
 
 fn decoder(variant: &str, device: &Device) -> Decoder {
@@ -50,9 +69,15 @@ fn bases_answer_as_in_transformers() {
 
 #[test]
 fn adapters_answer_as_in_peft() {
-    let expected = Answers::read("lora-gradients.safetensors");
+    for (file, names) in ADAPTERS {
+        adapters_of(file, names);
+    }
+}
+
+fn adapters_of(file: &str, names: &[&str]) {
+    let expected = Answers::read(file);
     for (device_name, device) in devices() {
-        for name in ["gqa", "tied", "rslora"] {
+        for &name in names {
             let decoder = decoder(base_of(name), &device);
             let adapter = adapter(name, &decoder);
             let first = expected.ids(&format!("{name}.document_lengths"))[0] as usize;
@@ -100,7 +125,8 @@ fn cached_generation_equals_uncached_argmax() {
     for (name, device) in devices() {
         for variant in VARIANTS {
             let decoder = decoder(variant, &device);
-            let adapter = ["gqa", "tied"].contains(&variant).then(|| adapter(variant, &decoder));
+            let adapted = ADAPTERS.iter().any(|(_, names)| names.contains(&variant));
+            let adapter = adapted.then(|| adapter(variant, &decoder));
             for adapter in [None, adapter.as_ref()] {
                 let mode = ForwardMode::inference(adapter);
                 let prompt =

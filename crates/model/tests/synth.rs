@@ -5,7 +5,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use pronk_model::{Base, DecoderConfig, ModelError, Shape, synthesize};
+use pronk_model::{Base, DecoderConfig, ModelError, Scheme, Shape, quantized, synthesize};
 use safetensors::Dtype;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -25,7 +25,7 @@ fn tiny() -> DecoderConfig {
 }
 
 fn made(config: &DecoderConfig, out: &Path, seed: u64) -> Base {
-    synthesize(config, out, seed, |_, _| ControlFlow::Continue(())).unwrap();
+    synthesize(config, out, seed, None, |_, _| ControlFlow::Continue(())).unwrap();
     Base::open(out).unwrap()
 }
 
@@ -49,6 +49,29 @@ fn it_opens_as_the_shape_that_was_asked_for() {
     assert_eq!(files, ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]);
     let json: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
     assert_eq!((&json["torch_dtype"], &json["eos_token_id"]), (&"bfloat16".into(), &2.into()));
+}
+
+#[test]
+fn every_family_opens_as_its_shape_was_asked_for() {
+    let dir = TempDir::new().unwrap();
+    for name in ["mistral-7b", "qwen2.5-7b", "qwen3-8b", "gemma-2-9b", "gemma-3-4b", "phi-3-mini"] {
+        let config = DecoderConfig {
+            vocab_size: 300,
+            hidden_size: 32,
+            intermediate_size: 48,
+            num_hidden_layers: 13,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 8,
+            ..Shape::named(name).unwrap().config.clone()
+        };
+        let base = made(&config, &dir.path().join(name), 0);
+        assert_eq!(base.config, config);
+        assert_eq!(base.shapes(), config.tensors().into_iter().collect());
+        // Gemma stores its norms less one.
+        let one = if name.starts_with("gemma") { 0.0 } else { 1.0 };
+        assert!(numbers(&base, "model.norm.weight").iter().all(|x| (x - one).abs() < f64::EPSILON), "{name}");
+    }
 }
 
 #[test]
@@ -101,11 +124,41 @@ fn a_seed_always_makes_the_same_weights_and_another_makes_others() {
 const EMBEDDED: [f64; 4] =
     [0.014_648_437_5, -0.011_291_503_906_25, -0.001_731_872_558_593_75, 0.022_338_867_187_5];
 
+/// The cache of the same base, but for the manifest that a cache has.
+#[test]
+fn straight_to_a_scheme_is_what_the_cache_would_hold() {
+    let dir = TempDir::new().unwrap();
+    let dense = made(&tiny(), &dir.path().join("dense"), 7);
+    for scheme in Scheme::ALL {
+        let out = dir.path().join(scheme.to_string());
+        let written = synthesize(&tiny(), &out, 7, Some(scheme), |_, _| ControlFlow::Continue(())).unwrap();
+        let straight = Base::open(&out).unwrap();
+        assert_eq!(straight.quantization(), Some(scheme.to_string()));
+        assert_eq!((&straight.config, straight.shapes()), (&dense.config, dense.shapes()));
+        let cache = dir.path().join("cache");
+        let cached = quantized(&dense, scheme, &cache, |_, _| ControlFlow::Continue(())).unwrap().base;
+        let files = |dir: &Path| {
+            let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+            files.retain(|name| name != "pronk_cache.json");
+            files.sort();
+            files
+        };
+        assert_eq!(files(&out), files(&cached.path));
+        assert!(files(&out).len() > written.files.len());
+        for file in files(&out) {
+            assert!(
+                fs::read(out.join(&file)).unwrap() == fs::read(cached.path.join(&file)).unwrap(),
+                "{file:?}"
+            );
+        }
+    }
+}
+
 #[test]
 fn whoever_stops_it_finds_nothing_left() {
     let dir = TempDir::new().unwrap();
     let mut heard = Vec::new();
-    let stopped = synthesize(&tiny(), &dir.path().join("new/base"), 0, |done, total| {
+    let stopped = synthesize(&tiny(), &dir.path().join("new/base"), 0, None, |done, total| {
         heard.push(done);
         if done * 2 > total { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
@@ -118,7 +171,8 @@ fn whoever_stops_it_finds_nothing_left() {
 fn a_shape_without_room_for_the_tokenizer_is_refused() {
     let dir = TempDir::new().unwrap();
     let config = DecoderConfig { vocab_size: 258, num_key_value_heads: 3, ..tiny() };
-    let refused = synthesize(&config, &dir.path().join("base"), 0, |_, _| ControlFlow::Continue(()));
+    let go_on = |_, _| ControlFlow::Continue(());
+    let refused = synthesize(&config, &dir.path().join("base"), 0, None, go_on);
     let told = refused.unwrap_err().to_string();
     assert!(told.contains("vocab_size: expected at least 259") && told.contains("multiple of"), "{told}");
 }

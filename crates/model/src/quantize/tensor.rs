@@ -21,7 +21,7 @@ pub type Sink<'a> = dyn FnMut(&str, &[u8]) -> Result<(), ModelError> + 'a;
 #[derive(Debug, Clone)]
 pub struct QuantizedTensor {
     pub name: String,
-    shape: Vec<usize>,
+    pub shape: Vec<usize>,
     kept: Kept,
 }
 
@@ -45,6 +45,11 @@ impl QuantizedTensor {
             _ => Kept::Dense(source),
         };
         Self { name, shape, kept }
+    }
+
+    /// A tensor that is kept as it is.
+    pub fn dense(name: String, shape: Vec<usize>, dtype: Dtype) -> Self {
+        Self { name, shape, kept: Kept::Dense(dtype) }
     }
 
     /// The tensors that it becomes.

@@ -2,7 +2,7 @@
 
 use pronk_kernels::RopeScaling;
 
-use crate::{DecoderConfig, ModelError};
+use crate::{DecoderConfig, Family, ModelError, SlidingWindow, Windowed};
 
 /// A published base, as its `config.json` describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,9 +91,90 @@ pub const SHAPES: &[Shape] = &[
             ..LLAMA_2_7B
         },
     },
+    // mistralai/Mistral-7B-v0.1
+    Shape {
+        name: "mistral-7b",
+        config: DecoderConfig {
+            family: Family::Mistral,
+            intermediate_size: 14336,
+            num_key_value_heads: 8,
+            max_position_embeddings: 32768,
+            sliding_window: Some(SlidingWindow { size: 4096, blocks: Windowed::From(0) }),
+            ..LLAMA_2_7B
+        },
+    },
+    // Qwen/Qwen2.5-7B
+    Shape {
+        name: "qwen2.5-7b",
+        config: DecoderConfig {
+            family: Family::Qwen2,
+            vocab_size: 152_064,
+            hidden_size: 3584,
+            intermediate_size: 18944,
+            num_hidden_layers: 28,
+            num_attention_heads: 28,
+            num_key_value_heads: 4,
+            max_position_embeddings: 131_072,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1_000_000.0,
+            ..LLAMA_2_7B
+        },
+    },
+    // Qwen/Qwen3-8B
+    Shape {
+        name: "qwen3-8b",
+        config: DecoderConfig {
+            family: Family::Qwen3,
+            vocab_size: 151_936,
+            intermediate_size: 12288,
+            num_hidden_layers: 36,
+            num_key_value_heads: 8,
+            max_position_embeddings: 40960,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1_000_000.0,
+            ..LLAMA_2_7B
+        },
+    },
+    // google/gemma-2-9b
+    Shape { name: "gemma-2-9b", config: GEMMA_2_9B },
+    // google/gemma-3-4b-pt, without what sees pictures
+    Shape {
+        name: "gemma-3-4b",
+        config: DecoderConfig {
+            family: Family::Gemma3,
+            vocab_size: 262_208,
+            hidden_size: 2560,
+            intermediate_size: 10240,
+            num_hidden_layers: 34,
+            num_attention_heads: 8,
+            num_key_value_heads: 4,
+            max_position_embeddings: 131_072,
+            rope_theta: 1_000_000.0,
+            rope_scaling: RopeScaling::Linear { factor: 8.0 },
+            rope_local_base_freq: Some(10_000.0),
+            sliding_window: Some(SlidingWindow { size: 1024, blocks: Windowed::ButEvery(6) }),
+            attn_logit_softcapping: None,
+            final_logit_softcapping: None,
+            ..GEMMA_2_9B
+        },
+    },
+    // microsoft/Phi-3-mini-4k-instruct
+    Shape {
+        name: "phi-3-mini",
+        config: DecoderConfig {
+            family: Family::Phi3,
+            vocab_size: 32064,
+            hidden_size: 3072,
+            intermediate_size: 8192,
+            head_dim: 96,
+            sliding_window: Some(SlidingWindow { size: 2047, blocks: Windowed::From(0) }),
+            ..LLAMA_2_7B
+        },
+    },
 ];
 
 const LLAMA_2_7B: DecoderConfig = DecoderConfig {
+    family: Family::Llama,
     vocab_size: 32000,
     hidden_size: 4096,
     intermediate_size: 11008,
@@ -105,6 +186,11 @@ const LLAMA_2_7B: DecoderConfig = DecoderConfig {
     rms_norm_eps: 1e-5,
     rope_theta: 10_000.0,
     rope_scaling: RopeScaling::None,
+    rope_local_base_freq: None,
+    sliding_window: None,
+    query_pre_attn_scalar: None,
+    attn_logit_softcapping: None,
+    final_logit_softcapping: None,
     tie_word_embeddings: false,
     attention_bias: false,
     mlp_bias: false,
@@ -132,6 +218,25 @@ const LLAMA_3_2: DecoderConfig = DecoderConfig {
     ..LLAMA_3_8B
 };
 
+const GEMMA_2_9B: DecoderConfig = DecoderConfig {
+    family: Family::Gemma2,
+    vocab_size: 256_000,
+    hidden_size: 3584,
+    intermediate_size: 14336,
+    num_hidden_layers: 42,
+    num_attention_heads: 16,
+    num_key_value_heads: 8,
+    head_dim: 256,
+    max_position_embeddings: 8192,
+    rms_norm_eps: 1e-6,
+    sliding_window: Some(SlidingWindow { size: 4096, blocks: Windowed::ButEvery(2) }),
+    query_pre_attn_scalar: Some(256.0),
+    attn_logit_softcapping: Some(50.0),
+    final_logit_softcapping: Some(30.0),
+    tie_word_embeddings: true,
+    ..LLAMA_2_7B
+};
+
 fn unknown(name: &str) -> ModelError {
     let likeness = |shape: &Shape| strsim::jaro_winkler(&name.to_lowercase(), shape.name);
     let closest = SHAPES.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
@@ -149,7 +254,7 @@ mod tests {
     use super::*;
 
     /// How many parameters the originals have.
-    const PARAMETERS: [(&str, usize); 7] = [
+    const PARAMETERS: [(&str, usize); 13] = [
         ("llama-2-7b", 6_738_415_616),
         ("llama-2-13b", 13_015_864_320),
         ("llama-3-8b", 8_030_261_248),
@@ -157,6 +262,12 @@ mod tests {
         ("llama-3.2-3b", 3_212_749_824),
         ("tinyllama-1.1b", 1_100_048_384),
         ("smollm2-135m", 134_515_008),
+        ("mistral-7b", 7_241_732_096),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
+        ("gemma-2-9b", 9_241_705_984),
+        ("gemma-3-4b", 3_880_263_168),
+        ("phi-3-mini", 3_821_079_552),
     ];
 
     #[test]
@@ -167,8 +278,9 @@ mod tests {
             let found: usize =
                 config.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
             assert_eq!(found, expected, "{name}");
-            assert_eq!(config.head_dim * config.num_attention_heads, config.hidden_size, "{name}");
             assert_eq!(config.inconsistencies(), Vec::<String>::new(), "{name}");
+            let json = config.to_json("bfloat16").to_string();
+            assert_eq!(DecoderConfig::from_json(json.as_bytes()).as_ref(), Ok(config), "{name}");
         }
     }
 
@@ -177,7 +289,7 @@ mod tests {
         let error = |name| Shape::named(name).unwrap_err().to_string();
         let told = error("Llama2-7b");
         assert!(told.contains("'Llama2-7b'; did you mean llama-2-7b?\n  there are: llama-2-7b,"), "{told}");
-        assert!(told.ends_with("smollm2-135m"), "{told}");
+        assert!(told.ends_with("phi-3-mini"), "{told}");
         assert!(!error("gpt-5").contains("did you mean"), "{}", error("gpt-5"));
     }
 }

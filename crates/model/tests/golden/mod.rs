@@ -12,7 +12,13 @@ pub fn devices() -> Vec<(&'static str, Device)> {
         Err(DeviceError::NotCompiledIn { .. }) => None,
         device => Some((name, device.expect("a device that is compiled in"))),
     };
-    let devices: Vec<_> = ["cpu", "tch:cpu"].into_iter().filter_map(open).collect();
+    let names = [
+        "cpu",
+        "tch:cpu",
+        #[cfg(feature = "cubecl-cpu")]
+        "cube-cpu",
+    ];
+    let devices: Vec<_> = names.into_iter().filter_map(open).collect();
     assert!(!devices.is_empty(), "these tests need a CPU backend: --features flex, or tch");
     devices
 }
