@@ -11,7 +11,7 @@ use crate::{Dtype, ExportError};
 pub const CONFIG: &str = "config.json";
 
 /// Names of the rotary embedding's settings before transformers 5 and since.
-const ROPE: [&str; 3] = ["rope_theta", "rope_scaling", "rope_parameters"];
+const ROPE: [&str; 4] = ["rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters"];
 
 /// What generation starts and ends with, beside its key in a GGUF file.
 const SPECIAL_TOKENS: [(&str, &str); 3] = [
@@ -40,8 +40,8 @@ pub fn config_json(base: &Base, dtype: Option<Dtype>) -> Result<Value, ExportErr
     })?;
     let known = |config: &Map<String, Value>, key: &str| config.get(key).is_some_and(|v| !v.is_null());
     for key in ROPE {
-        if !known(&config, key) {
-            config.insert(key.into(), fresh[key].clone());
+        if let (false, Some(ours)) = (known(&config, key), fresh.get(key)) {
+            config.insert(key.into(), ours.clone());
         }
     }
     // A `rope_parameters` that leaves theta to `rope_theta` is complete only for some readers.

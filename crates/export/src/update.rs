@@ -11,14 +11,16 @@ use crate::{Dtype, ExportError};
 /// An adapter that has been found to fit a base.
 pub struct Update<'a> {
     base: &'a Base,
-    adapter: &'a Adapter,
+    /// On layers that the base has.
+    adapter: Adapter,
     /// `None` keeps each tensor's own format.
     dtype: Option<Dtype>,
 }
 
 impl<'a> Update<'a> {
     /// Checks every module of `adapter` against the linear layers of `base`; lists all problems.
-    pub fn new(base: &'a Base, adapter: &'a Adapter, dtype: Option<Dtype>) -> Result<Self, ExportError> {
+    pub fn new(base: &'a Base, adapter: &Adapter, dtype: Option<Dtype>) -> Result<Self, ExportError> {
+        let adapter = adapter.onto_packed(&base.config.adapter_modules());
         let modules = base.config.linear_modules();
         let modules: BTreeMap<&str, &ModuleShape> = modules.iter().map(|m| (m.name.as_str(), m)).collect();
         let rank = adapter.config.rank;

@@ -7,16 +7,19 @@ use std::fs;
 use std::path::Path;
 
 use pronk_export::{Dtype, MergeOptions};
-use pronk_lora::ForwardMode;
+use pronk_lora::{Adapter, ForwardMode};
 use pronk_model::{Base, Decoder, LoadConfig};
 use safetensors::SafeTensors;
 use serde_json::json;
 use tempfile::TempDir;
 use tiny::{base, copy, device, golden, json, listing, options, peft, plain, random, tensors};
 
+const FAMILIES: [&str; 6] = ["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"];
+
 /// A golden's float32 numbers and its token ids.
 fn answers(name: &str) -> (Vec<u32>, Vec<f32>) {
-    let bytes = fs::read(golden("lora-gradients.safetensors")).unwrap();
+    let kind = if FAMILIES.contains(&name) { "family" } else { "lora" };
+    let bytes = fs::read(golden(&format!("{kind}-gradients.safetensors"))).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let numbers = |key: &str| file.tensor(&format!("{name}.{key}")).unwrap().data().to_vec();
     let first = i64::from_le_bytes(numbers("document_lengths")[..8].try_into().unwrap()) as usize;
@@ -42,18 +45,59 @@ fn relative_difference(merged: &Path, token_ids: &[u32], expected: &[f32]) -> f3
 
 #[test]
 fn merged_in_float32_a_model_answers_as_peft_does() {
-    for (adapter, variant) in [("gqa", "gqa"), ("rslora", "gqa"), ("tied", "tied")] {
+    let llamas = [("gqa", "gqa"), ("rslora", "gqa"), ("tied", "tied")];
+    for (adapter, variant) in llamas.into_iter().chain(FAMILIES.map(|name| (name, name))) {
         let (dir, base) = (TempDir::new().unwrap(), base(variant));
         let out = dir.path().join("merged");
-        let options = MergeOptions { dtype: Some(Dtype::F32), ..options() };
-        let report = plain(&base, &peft(adapter, &base), &out, &options).unwrap();
         let (token_ids, expected) = answers(adapter);
+        let options = MergeOptions { dtype: Some(Dtype::F32), prompt: token_ids.clone(), ..options() };
+        let report = plain(&base, &peft(adapter, &base), &out, &options).unwrap();
         let difference = relative_difference(&out, &token_ids, &expected);
         assert!(difference < 1e-4, "adapter-{adapter}: {difference}");
         let found = report.verification;
         assert!(found.kl < 1e-9 && found.max_abs_difference < 1e-4 * found.max_logit, "{found:?}");
         assert_eq!(listing(dir.path()), ["merged"], "the staging directory is gone");
     }
+}
+
+/// The split names of a packed layer: in the base's own blocks, as PEFT loads them, and merged.
+#[test]
+fn parts_of_packed_layers_are_adapted_saved_and_merged() {
+    let (dir, base) = (TempDir::new().unwrap(), base("phi3"));
+    let (token_ids, _) = answers("phi3");
+    let logits = |base: &Base, adapter: Option<&Adapter>| {
+        let decoder = Decoder::load(base, &device(), LoadConfig::default(), |_, _| {}).unwrap();
+        decoder.logits(&token_ids, ForwardMode::inference(adapter)).try_to_vec_as::<f32>().unwrap()
+    };
+    let alone = logits(&base, None);
+    for (i, targets) in
+        [&["q_proj", "v_proj", "up_proj", "o_proj"][..], &["k_proj"], &["gate_proj"]].iter().enumerate()
+    {
+        let adapter = random(&base, targets, 0.2);
+        let expected = logits(&base, Some(&adapter));
+        let (saved, out) = (dir.path().join(format!("adapter-{i}")), dir.path().join(format!("merged-{i}")));
+
+        let modules = base.config.linear_modules();
+        adapter.onto_packed(&base.config.adapter_modules()).save(&saved, "phi3", false).unwrap();
+        let packed = Adapter::load(&saved, &modules, &device()).unwrap();
+        assert!(packed.pairs.keys().all(|name| modules.iter().any(|m| m.name == *name)));
+        assert_close("packed", &logits(&base, Some(&packed)), &expected);
+
+        let options = MergeOptions { dtype: Some(Dtype::F32), prompt: token_ids.clone(), ..options() };
+        plain(&base, &adapter, &out, &options).unwrap();
+        assert_close("merged", &logits(&Base::open(&out).unwrap(), None), &expected);
+        let moved = alone.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(moved > 0.1, "{targets:?} change nothing");
+    }
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
+    let difference = found.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    let largest = expected.iter().map(|x| x.abs()).fold(0.0, f32::max);
+    assert!(
+        found.len() == expected.len() && difference < 1e-5 * largest,
+        "{what}: {difference} of {largest}"
+    );
 }
 
 #[test]

@@ -5,15 +5,27 @@
 //! the gradient at its output back to its input and its adapters. A block's graph is recorded on the
 //! way forward where there is memory to keep it; elsewhere only its input is kept, and the graph is
 //! recorded in the backward pass, so that one such graph is alive at a time. Both compute the same
-//! bits. Below the lowest adapter nothing is saved and nothing differentiated.
+//! bits, unless saved inputs are rounded. Below the lowest adapter nothing is saved and nothing differentiated.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_data::PackedBatch;
-use pronk_kernels::{CrossEntropy, Dropout, Tracked, cross_entropy, pull_back};
+use pronk_kernels::{CrossEntropy, Dropout, EmbeddingNoise, Tracked, cross_entropy, pull_back};
 use pronk_lora::{Adapter, ForwardMode, LoraPair};
 use pronk_model::{Block, Decoder, Layout};
+use tracing::trace_span;
 
-use crate::Gradients;
+use crate::saved_inputs::SavedInput;
+use crate::spans::spanned;
+use crate::{Gradients, SavedInputs};
+
+/// What the forward pass of a micro-batch keeps for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// How many blocks keep their graphs: the last ones, which the backward pass lets go first.
+    pub graphs: usize,
+    /// How the other blocks' inputs are kept.
+    pub inputs: SavedInputs,
+}
 
 /// What a micro-batch came to.
 #[derive(Debug, Clone)]
@@ -26,19 +38,21 @@ pub struct MicroBatchLoss {
 
 /// Loss and adapter gradients of one micro-batch. `n_supervised` counts the supervised tokens of
 /// the whole optimizer step: every loss is divided by it once, whichever micro-batch it is in.
-/// The last `kept` blocks keep their graphs: they are the first that the backward pass lets go.
 pub fn loss_and_gradients(
     decoder: &Decoder,
     adapter: &Adapter,
     batch: &PackedBatch,
     n_supervised: usize,
-    kept: usize,
+    keep: Keep,
     dropout: Option<Dropout>,
+    noise: Option<EmbeddingNoise>,
 ) -> MicroBatchLoss {
-    let layout = decoder.layout(&batch.positions, &batch.documents());
+    let device = decoder.device();
+    let documents = batch.documents();
+    let layout = decoder.layout(&batch.positions, &documents);
     let mode = ForwardMode { adapter: Some(adapter), dropout };
     let lowest = lowest_adapted(decoder, adapter);
-    let recorded = decoder.layers().saturating_sub(kept);
+    let recorded = decoder.layers().saturating_sub(keep.graphs);
 
     let record = |block: &Block, layer: usize, x: Tensor<2>| {
         let adapter = adapter.tracked_under(&Decoder::block_prefix(layer));
@@ -46,29 +60,40 @@ pub fn loss_and_gradients(
     };
 
     let mut x = decoder.embed(&batch.token_ids);
+    if let Some(noise) = noise {
+        x = noise.apply(x, &documents);
+    }
     let mut saved = Vec::new();
     for (layer, block) in decoder.visit(0..decoder.layers()) {
-        if layer < lowest {
-            x = block.forward(x, &layout, ForwardMode::inference(None), None);
-        } else if layer < recorded {
-            saved.push(Saved::Input(x.clone()));
-            x = block.forward(x, &layout, mode, None);
-        } else {
+        x = spanned(&trace_span!("forward", layer), device, || {
+            if layer < lowest {
+                return block.forward(x, &layout, ForwardMode::inference(None), None);
+            }
+            if layer < recorded {
+                saved.push(Saved::Input(keep.inputs.save(&x)));
+                return block.forward(x, &layout, mode, None);
+            }
             let tape = record(&block, layer, x);
-            x = tape.output.clone().inner();
+            let x = tape.output.clone().inner();
             saved.push(Saved::Tape(tape));
-        }
+            x
+        });
     }
 
-    let (loss, mut gradient) = head_loss_and_gradient(decoder, x, batch, n_supervised);
+    let head = || head_loss_and_gradient(decoder, x, batch, n_supervised);
+    let (loss, mut gradient) = spanned(&trace_span!("head"), device, head);
     let mut gradients = Gradients::default();
     for (layer, block) in decoder.visit((lowest..decoder.layers()).rev()) {
         let tape = match saved.pop() {
             Some(Saved::Tape(tape)) => tape,
-            Some(Saved::Input(x)) => record(&block, layer, x),
+            Some(Saved::Input(x)) => {
+                let again = || record(&block, layer, x.restored(device));
+                spanned(&trace_span!("recompute", layer), device, again)
+            }
             None => break,
         };
-        let below = tape.pull_back(gradient, &mut gradients);
+        let backward = || tape.pull_back(gradient, &mut gradients);
+        let below = spanned(&trace_span!("backward", layer), device, backward);
         let Some(below) = below else { break };
         gradient = below;
     }
@@ -81,7 +106,7 @@ pub fn loss_only(decoder: &Decoder, adapter: Option<&Adapter>, batch: &PackedBat
     let hidden = decoder.hidden(&batch.token_ids, &layout, ForwardMode::inference(adapter));
     let (rows, targets) = labelled_rows(&hidden, batch);
     let rows = decoder.final_norm(hidden.select(0, rows));
-    cross_entropy(&rows, decoder.lm_head(), &targets, false).sum
+    cross_entropy(&rows, decoder.lm_head(), &targets, decoder.logit_cap(), false).sum
 }
 
 /// The first block with an adapter in it.
@@ -96,7 +121,7 @@ fn lowest_adapted(decoder: &Decoder, adapter: &Adapter) -> usize {
 /// What the forward pass keeps of a block.
 #[allow(clippy::large_enum_variant)] // one a block: a few dozen in all
 enum Saved {
-    Input(Tensor<2>),
+    Input(SavedInput),
     Tape(Tape),
 }
 
@@ -153,7 +178,7 @@ fn head_loss_and_gradient(
     let labelled = hidden.select(0, rows.clone()).tracked();
     let normed = decoder.final_norm(labelled.clone());
     let CrossEntropy { sum, gradient } =
-        cross_entropy(&normed.clone().inner(), decoder.lm_head(), &targets, true);
+        cross_entropy(&normed.clone().inner(), decoder.lm_head(), &targets, decoder.logit_cap(), true);
     let gradient = gradient.unwrap_or_else(|| normed.clone().inner().zeros_like());
     let mut leaves = pull_back(&normed, gradient / n_supervised as f64);
     let at_rows = labelled.grad_remove(&mut leaves).unwrap_or_else(|| labelled.inner().zeros_like());

@@ -1,21 +1,22 @@
+use pronk_data::PromptTemplate;
 use pronk_lora::LoraConfig;
 
 use crate::TrainConfig;
 
-/// What the adapter's `README.md` says of it.
+/// What the adapter's `README.md` says of it, and the template that is stored beside.
 #[derive(Debug, Clone)]
-pub struct ModelCard {
+pub struct ModelCard<'a> {
     /// Name or path of the base.
     pub base: String,
     /// The data files.
     pub data: Vec<String>,
-    /// The prompt template's name.
-    pub template: String,
+    /// The template that the rows were made with.
+    pub template: &'a PromptTemplate,
     /// Hash of the prepared rows.
     pub data_key: String,
 }
 
-impl ModelCard {
+impl ModelCard<'_> {
     /// The card as Markdown, with the front matter that a model hub reads.
     pub(crate) fn to_markdown(
         &self,
@@ -29,6 +30,7 @@ impl ModelCard {
             format!("| eval loss, base alone | {before:.4} |\n| eval loss, this adapter | {after:.4} |\n")
         });
         let data = data.join(", ");
+        let (template, file) = (template.name(), template.file_name());
         let (rank, alpha, targets) = (lora.rank, lora.alpha, &lora.target_modules);
         let targets = serde_json::to_string(targets).unwrap_or_default();
         let (batch, rate, seed) = (train.batch_size, train.learning_rate, train.seed);
@@ -36,7 +38,7 @@ impl ModelCard {
             "---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, pronk]\n---\n\n\
              # A LoRA adapter for {base}\n\n\
              | | |\n|---|---|\n\
-             | rank, alpha | {rank}, {alpha} |\n| target modules | {targets} |\n| prompt template | {template} |\n\
+             | rank, alpha | {rank}, {alpha} |\n| target modules | {targets} |\n| prompt template | {template}, in `{file}` |\n\
              | data | {data} |\n| prepared rows | `{data_key}` |\n\
              | steps, records a step | {step}, {batch} |\n| learning rate, seed | {rate}, {seed} |\n{eval}\n\
              The licences of the base and of the data apply to this adapter as well.\n\n\

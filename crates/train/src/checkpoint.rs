@@ -1,21 +1,22 @@
-//! States to go on from: the adapter, the optimizer's moments, and how far the run has come.
+//! States to go on from: the adapter, what the optimizer remembers, and how far the run has come.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_kernels::AdamWState;
+use pronk_kernels::{AdamWState, Blockwise};
 use pronk_lora::{Adapter, ModuleShape};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::{Optimizer, RunFolder, SampleRound, TrainError};
+use crate::optimizer::{FactorState, numbers};
+use crate::{Optimizer, RunFolder, SampleRound, TrainConfig, TrainError};
 
 const STATE: &str = "trainer_state.json";
-const MOMENTS: &str = "optimizer.safetensors";
-/// The four moments of a module, as their keys end.
-const PARTS: [&str; 4] = ["lora_A.m", "lora_A.v", "lora_B.m", "lora_B.v"];
+const STATES: &str = "optimizer.safetensors";
+/// What the keys of a module's two factors go on with.
+const FACTORS: [&str; 2] = ["lora_A", "lora_B"];
 
 /// How far a run has come.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,7 +59,7 @@ pub fn save(
     let write = || {
         fs::create_dir_all(&partial).map_err(TrainError::io(&partial))?;
         adapter.save(&partial, base, true)?;
-        RunFolder::write(&partial.join(MOMENTS), &moments_to_bytes(optimizer, &partial)?)?;
+        RunFolder::write(&partial.join(STATES), &states_to_bytes(optimizer, &partial)?)?;
         let text = serde_json::to_vec_pretty(state)
             .map_err(|e| TrainError::Io { path: partial.join(STATE), source: e.into() })?;
         RunFolder::write(&partial.join(STATE), &text)?;
@@ -86,12 +87,12 @@ pub fn save(
 pub fn load_newest(
     folder: &RunFolder,
     modules: &[ModuleShape],
-    weight_decay: f64,
+    config: &TrainConfig,
     device: &Device,
     mut warn: impl FnMut(String),
 ) -> Result<Checkpoint, TrainError> {
     for (_, path) in list(folder).into_iter().rev() {
-        match load(&path, modules, weight_decay, device) {
+        match load(&path, modules, config, device) {
             Ok(checkpoint) => return Ok(checkpoint),
             Err(e) => warn(format!("passing over a damaged checkpoint: {e}")),
         }
@@ -107,7 +108,7 @@ pub fn newest(folder: &RunFolder) -> Option<PathBuf> {
 fn load(
     path: &Path,
     modules: &[ModuleShape],
-    weight_decay: f64,
+    config: &TrainConfig,
     device: &Device,
 ) -> Result<Checkpoint, TrainError> {
     let file = path.join(STATE);
@@ -115,8 +116,8 @@ fn load(
     let state: TrainerState = serde_json::from_slice(&text)
         .map_err(|e| TrainError::Checkpoint { path: file, problem: e.to_string() })?;
     let adapter = Adapter::load(path, modules, device)?;
-    let mut optimizer = Optimizer::new(weight_decay, &adapter);
-    moments_from_file(&mut optimizer, &path.join(MOMENTS), device)?;
+    let mut optimizer = Optimizer::new(config, &adapter);
+    states_from_file(&mut optimizer, &path.join(STATES), device)?;
     Ok(Checkpoint { state, adapter, optimizer })
 }
 
@@ -136,41 +137,80 @@ fn sync(directory: &Path) -> Result<(), TrainError> {
     File::open(directory).and_then(|d| d.sync_all()).map_err(TrainError::io(directory))
 }
 
-fn moments_to_bytes(optimizer: &Optimizer, path: &Path) -> Result<Vec<u8>, TrainError> {
-    let damaged = |problem: String| TrainError::Checkpoint { path: path.join(MOMENTS), problem };
+fn states_to_bytes(optimizer: &Optimizer, path: &Path) -> Result<Vec<u8>, TrainError> {
+    let damaged = |problem: String| TrainError::Checkpoint { path: path.join(STATES), problem };
     let mut tensors = Vec::new();
-    for (module, (a, b)) in &optimizer.moments {
-        for (part, tensor) in PARTS.iter().zip([&a.m, &a.v, &b.m, &b.v]) {
-            let values = tensor.try_to_vec_as::<f32>().map_err(|e| TrainError::Device(e.to_string()))?;
-            let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
-            tensors.push((format!("{module}.{part}"), tensor.dims().to_vec(), bytes));
+    for (module, (a, b)) in &optimizer.states {
+        for (factor, state) in FACTORS.iter().zip([a, b]) {
+            for (part, dtype, shape, bytes) in parts_of(state)? {
+                tensors.push((format!("{module}.{factor}.{part}"), dtype, shape, bytes));
+            }
         }
     }
     let views = tensors
         .iter()
-        .map(|(key, shape, bytes)| Ok((key, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .map(|(key, dtype, shape, bytes)| Ok((key, TensorView::new(*dtype, shape.clone(), bytes)?)))
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
         .map_err(|e| damaged(e.to_string()))?;
     safetensors::serialize(views, None::<HashMap<String, String>>).map_err(|e| damaged(e.to_string()))
 }
 
-fn moments_from_file(optimizer: &mut Optimizer, path: &Path, device: &Device) -> Result<(), TrainError> {
+/// What a state is made of: how its key ends, format, shape and bytes.
+type Part = (&'static str, Dtype, Vec<usize>, Vec<u8>);
+
+fn parts_of(state: &FactorState) -> Result<Vec<Part>, TrainError> {
+    let floats = |values: Vec<f32>| values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
+    let tensor = |name, tensor: &Tensor<2>| -> Result<Part, TrainError> {
+        Ok((name, Dtype::F32, tensor.dims().to_vec(), floats(numbers(tensor)?)))
+    };
+    Ok(match state {
+        FactorState::Moments(AdamWState { m, v }) => vec![tensor("m", m)?, tensor("v", v)?],
+        FactorState::Momentum(momentum) => vec![tensor("momentum", momentum)?],
+        FactorState::EightBit { m, v } => {
+            let codes = |name, x: &Blockwise| (name, Dtype::U8, vec![x.codes.len()], x.codes.clone());
+            let scales =
+                |name, x: &Blockwise| (name, Dtype::F32, vec![x.absmax.len()], floats(x.absmax.clone()));
+            vec![codes("m", m), scales("m.absmax", m), codes("v", v), scales("v.absmax", v)]
+        }
+    })
+}
+
+fn states_from_file(optimizer: &mut Optimizer, path: &Path, device: &Device) -> Result<(), TrainError> {
     let damaged = |problem: String| TrainError::Checkpoint { path: path.into(), problem };
     let bytes = fs::read(path).map_err(TrainError::io(path))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
-    let read = |key: String, like: &Tensor<2>| {
-        let view = file.tensor(&key).map_err(|e| damaged(format!("{key}: {e}")))?;
-        if view.shape() != like.dims() || view.dtype() != Dtype::F32 {
-            let (expected, found) = (like.dims(), (view.dtype(), view.shape()));
-            return Err(damaged(format!("{key}: expected float32 of shape {expected:?}, found {found:?}")));
+    let read = |key: &str, dtype: Dtype, shape: &[usize]| {
+        let view = file.tensor(key).map_err(|e| damaged(format!("{key}: {e}")))?;
+        if view.shape() != shape || view.dtype() != dtype {
+            let found = (view.dtype(), view.shape());
+            return Err(damaged(format!("{key}: expected {dtype:?} of shape {shape:?}, found {found:?}")));
         }
-        let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        Ok(Tensor::from_data(TensorData::new(values.collect::<Vec<f32>>(), like.dims()), device))
+        Ok(view.data().to_vec())
     };
-    for (module, (a, b)) in &mut optimizer.moments {
-        let [am, av, bm, bv] = PARTS.map(|part| format!("{module}.{part}"));
-        *a = AdamWState { m: read(am, &a.m)?, v: read(av, &a.v)? };
-        *b = AdamWState { m: read(bm, &b.m)?, v: read(bv, &b.v)? };
+    let floats = |key: &str, shape: &[usize]| {
+        let bytes = read(key, Dtype::F32, shape)?;
+        let floats: Vec<f32> = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        Ok::<_, TrainError>(floats)
+    };
+    for (module, (a, b)) in &mut optimizer.states {
+        for (factor, state) in FACTORS.iter().zip([a, b]) {
+            let key = |part: &str| format!("{module}.{factor}.{part}");
+            let tensor = |part: &str, like: &mut Tensor<2>| {
+                let data = TensorData::new(floats(&key(part), &like.dims())?, like.dims());
+                *like = Tensor::from_data(data, device);
+                Ok::<_, TrainError>(())
+            };
+            let quantized = |part: &str, like: &mut Blockwise| {
+                like.codes = read(&key(part), Dtype::U8, &[like.codes.len()])?;
+                like.absmax = floats(&key(&format!("{part}.absmax")), &[like.absmax.len()])?;
+                Ok::<_, TrainError>(())
+            };
+            match state {
+                FactorState::Moments(AdamWState { m, v }) => tensor("m", m).and_then(|()| tensor("v", v))?,
+                FactorState::Momentum(momentum) => tensor("momentum", momentum)?,
+                FactorState::EightBit { m, v } => quantized("m", m).and_then(|()| quantized("v", v))?,
+            }
+        }
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::{Schedule, TrainError};
+use crate::{OptimizerKind, SavedInputs, Schedule, TrainError};
 
 /// The recipe's `[train]` table. Zero switches off what a "0: " note says it does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -14,16 +14,24 @@ pub struct TrainConfig {
     pub max_steps: Option<u64>,
     /// Records an optimizer step learns from.
     pub batch_size: usize,
-    /// Records that go through the base together. Smaller takes less memory, and changes nothing else.
-    pub micro_batch_size: usize,
-    /// `AdamW`'s learning rate after the warmup.
+    /// Rows that go through the base together. Smaller takes less memory, and changes nothing else.
+    /// Left out: as many as the memory holds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_size: Option<usize>,
+    /// "adamw", "adamw8bit", "lion" or "muon".
+    pub optimizer: OptimizerKind,
+    /// The learning rate after the warmup.
     pub learning_rate: f64,
+    /// `LoRA+`: how many times faster B learns than A.
+    pub lora_plus_ratio: f64,
     /// What becomes of it: "cosine" and "linear" fall to zero at the last step.
     pub schedule: Schedule,
     /// Steps over which it rises from zero.
     pub warmup_steps: u64,
-    /// `AdamW`'s weight decay.
+    /// Share of the learning rate that every weight shrinks by.
     pub weight_decay: f64,
+    /// NEFTune: noise on the embeddings of what is learned from. 0: none.
+    pub neftune_noise_alpha: f64,
     /// Gradients whose norm is above it are scaled down to it. 0: never.
     pub max_grad_norm: f64,
     /// Evaluate on the held-out rows every so many steps, before the first and after the last. 0: never.
@@ -36,6 +44,8 @@ pub struct TrainConfig {
     /// memory for about a third more time. "none" keeps everything. "auto" keeps as much as
     /// `memory_budget` allows.
     pub recompute: Recompute,
+    /// How the inputs of blocks that run again are kept: "f32", "bf16", or in the "host"'s memory.
+    pub saved_inputs: SavedInputs,
     /// What the run may take of the memory it computes in, such as "8GB". Left out: most of what is
     /// free when it starts.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -62,16 +72,20 @@ impl Default for TrainConfig {
             epochs: 3.0,
             max_steps: None,
             batch_size: 16,
-            micro_batch_size: 4,
+            micro_batch_size: None,
+            optimizer: OptimizerKind::default(),
             learning_rate: 3e-4,
+            lora_plus_ratio: 1.0,
             schedule: Schedule::Cosine,
             warmup_steps: 10,
             weight_decay: 0.0,
+            neftune_noise_alpha: 0.0,
             max_grad_norm: 1.0,
             eval_steps: 50,
             save_steps: 50,
             keep_last: 2,
             recompute: Recompute::Auto,
+            saved_inputs: SavedInputs::default(),
             memory_budget: None,
             seed: 42,
         }
@@ -87,13 +101,25 @@ impl TrainConfig {
             (positive(self.epochs), "epochs", "a number above 0", self.epochs.to_string()),
             (self.max_steps != Some(0), "max_steps", "a whole number from 1", "0".into()),
             (self.batch_size > 0, "batch_size", "a whole number from 1", "0".into()),
-            (self.micro_batch_size > 0, "micro_batch_size", "a whole number from 1", "0".into()),
+            (self.micro_batch_size != Some(0), "micro_batch_size", "a whole number from 1", "0".into()),
             (self.keep_last > 0, "keep_last", "a whole number from 1", "0".into()),
             (
                 positive(self.learning_rate),
                 "learning_rate",
                 "a number above 0",
                 self.learning_rate.to_string(),
+            ),
+            (
+                positive(self.lora_plus_ratio),
+                "lora_plus_ratio",
+                "a number above 0",
+                self.lora_plus_ratio.to_string(),
+            ),
+            (
+                not_negative(self.neftune_noise_alpha),
+                "neftune_noise_alpha",
+                "a number from 0",
+                self.neftune_noise_alpha.to_string(),
             ),
             (
                 not_negative(self.weight_decay),

@@ -9,14 +9,21 @@ use std::collections::BTreeSet;
 use pronk_data::PackedBatch;
 use pronk_kernels::logit_rows;
 use pronk_lora::{LoraConfig, LoraError};
-use pronk_model::{DecoderConfig, WeightBytes};
+use pronk_model::{DecoderConfig, Memory, WeightBytes};
 
-use crate::Recompute;
+use crate::{OptimizerKind, Recompute, SavedInputs};
 
 /// Bytes of a float32.
 const FLOAT: u64 = 4;
 /// The program itself, its threads' stacks and scratch, the tokenizer, a page or two of everything.
 const PROGRAM: u64 = 70 << 20;
+/// What a card holds for the program: the driver's context and the compiled kernels. An estimate, from what
+/// nvidia-smi shows for processes that have allocated nothing yet.
+const CONTEXT: u64 = 500 << 20;
+/// Copies of the attention scores that autodiff keeps where attention is written in burn's operations:
+/// exponentials and weights; and the gradients that its backward pass holds beside them.
+const SCORES_KEPT: u64 = 2;
+const SCORES_BACKWARD: u64 = 3;
 
 /// What a micro-batch brings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,11 +32,15 @@ pub struct Workload {
     pub tokens: usize,
     /// Tokens that are learned.
     pub supervised: usize,
+    /// Pairs of tokens of the same record.
+    pub pairs: usize,
 }
 
 impl From<&PackedBatch> for Workload {
     fn from(batch: &PackedBatch) -> Self {
-        Self { tokens: batch.tokens(), supervised: batch.supervised() }
+        let records = batch.document_ids.chunk_by(|a, b| a == b);
+        let pairs = records.map(|record| record.len() * record.len()).sum();
+        Self { tokens: batch.tokens(), supervised: batch.supervised(), pairs }
     }
 }
 
@@ -42,7 +53,7 @@ pub struct Footprint {
     pub streamed: bool,
     /// Both factors of every adapted layer.
     pub adapter: u64,
-    /// Gradients and both of `AdamW`'s moments.
+    /// Gradients, and what the optimizer remembers.
     pub optimizer: u64,
     /// Inputs of the blocks that will run again.
     pub saved_inputs: u64,
@@ -52,6 +63,8 @@ pub struct Footprint {
     pub block_graph: u64,
     /// A chunk of logits, and the head that makes them.
     pub logits: u64,
+    /// The matrix that is dense for its product, on a card.
+    pub dense: u64,
     /// The program.
     pub program: u64,
 }
@@ -59,7 +72,8 @@ pub struct Footprint {
 impl Footprint {
     /// At the worst moment: blocks and logits never need their memory at once.
     pub fn peak(&self) -> u64 {
-        let always = self.adapter + self.optimizer + self.saved_inputs + self.kept_graphs + self.program;
+        let run = self.adapter + self.optimizer + self.saved_inputs + self.kept_graphs;
+        let always = run + self.dense + self.program;
         let in_a_block = self.weights + self.block_graph;
         let at_the_end = self.logits + if self.streamed { 0 } else { self.weights };
         always + in_a_block.max(at_the_end)
@@ -75,12 +89,16 @@ pub struct Shapes {
     adapted: BTreeSet<String>,
     /// Numbers in the adapter.
     adapter_numbers: u64,
+    /// Bytes that a number of a saved block input takes.
+    saved_bytes: u64,
+    /// Bytes that the optimizer remembers of a number.
+    state_bytes: u64,
 }
 
 impl Shapes {
     /// Of an adapter as `lora` describes it, on a decoder whose weights take `weights`.
     pub fn new(model: &DecoderConfig, weights: WeightBytes, lora: &LoraConfig) -> Result<Self, LoraError> {
-        let modules = model.linear_modules();
+        let modules = model.adapter_modules();
         let targets = lora.target_modules.select(&modules)?;
         let numbers = targets.iter().map(|m| lora.rank * (m.in_features + m.out_features));
         let short = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
@@ -89,7 +107,26 @@ impl Shapes {
             weights,
             adapter_numbers: numbers.sum::<usize>() as u64,
             adapted: targets.iter().map(|m| short(&m.name)).collect(),
+            saved_bytes: FLOAT,
+            state_bytes: OptimizerKind::default().state_bytes(),
         })
+    }
+
+    /// The same with another optimizer.
+    #[must_use]
+    pub fn stepping(self, optimizer: OptimizerKind) -> Self {
+        Self { state_bytes: optimizer.state_bytes(), ..self }
+    }
+
+    /// The same where the inputs of blocks that run again are kept in another way.
+    #[must_use]
+    pub fn saving(self, inputs: SavedInputs) -> Self {
+        Self { saved_bytes: inputs.bytes_per_number(!self.on_card()), ..self }
+    }
+
+    /// Blocks of the decoder.
+    pub fn layers(&self) -> usize {
+        self.model.num_hidden_layers
     }
 
     /// The account of one micro-batch when the last `kept` blocks keep their graphs.
@@ -98,17 +135,18 @@ impl Shapes {
         let kept = kept.min(layers);
         let numbers = self.adapter_numbers * FLOAT;
         let tokens = work.tokens as u64;
-        let input = tokens * self.model.hidden_size as u64 * FLOAT;
+        let input = tokens * self.model.hidden_size as u64 * self.saved_bytes;
         Footprint {
             weights: self.weights.resident,
             streamed: self.weights.streamed_head > 0,
             adapter: numbers,
-            optimizer: 3 * numbers,
+            optimizer: numbers + self.adapter_numbers * self.state_bytes,
             saved_inputs: (layers - kept) as u64 * input,
-            kept_graphs: kept as u64 * self.graph(tokens),
-            block_graph: self.graph(tokens) + self.backward(tokens),
+            kept_graphs: kept as u64 * self.graph(work),
+            block_graph: self.graph(work) + self.backward(work),
             logits: self.logits(work),
-            program: PROGRAM,
+            dense: self.weights.dense,
+            program: if self.on_card() { CONTEXT } else { PROGRAM },
         }
     }
 
@@ -142,49 +180,64 @@ impl Shapes {
         2.0 * ((2.0 + again) * (linear * work.tokens) as f64 + head)
     }
 
+    /// Whether it computes in the memory of a graphics card.
+    pub fn on_card(&self) -> bool {
+        self.weights.memory == Memory::Card
+    }
+
+    /// Bytes of the scores of all records together, where they exist: on a card.
+    fn scores(&self, work: Workload) -> u64 {
+        if self.on_card() { (self.model.num_attention_heads * work.pairs) as u64 * FLOAT } else { 0 }
+    }
+
     /// What autodiff keeps of one block: the inputs of the operations that are not linear, and of
-    /// the linear layers with an adapter. A frozen product keeps nothing.
-    fn graph(&self, tokens: u64) -> u64 {
+    /// the linear layers with an adapter. A frozen product keeps nothing. On a card, where operations
+    /// are burn's own, the gate's sigmoid and its product with the gate too.
+    fn graph(&self, work: Workload) -> u64 {
         let model = &self.model;
         let hidden = model.hidden_size;
-        let q = model.num_attention_heads * model.head_dim;
-        let kv = model.num_key_value_heads * model.head_dim;
+        let [q, kv] = model.attention_widths();
         let adapted = |names: &[&str]| usize::from(names.iter().any(|&name| self.adapted.contains(name)));
-        let attention = hidden * (1 + adapted(&["q_proj", "k_proj", "v_proj"])) // the norm's input and output
+        let attention = hidden * (1 + adapted(&["q_proj", "k_proj", "v_proj", "qkv_proj"])) // the norm's input and output
             + 2 * q + 2 * kv; // q, k, v and the result
-        let feed_forward = hidden * (1 + adapted(&["gate_proj", "up_proj"]))
-            + model.intermediate_size * (2 + adapted(&["down_proj"])); // gate, up, their product
-        tokens * (attention + feed_forward) as u64 * FLOAT
+        let feed_forward = hidden * (1 + adapted(&["gate_proj", "up_proj", "gate_up_proj"]))
+            + model.intermediate_size * (2 + adapted(&["down_proj"])) // gate, up, their product
+            + model.intermediate_size * 2 * usize::from(self.on_card());
+        let norms = hidden * model.norms_of_outputs() + if model.norms_heads() { q + kv } else { 0 };
+        (work.tokens * (attention + feed_forward + norms)) as u64 * FLOAT + SCORES_KEPT * self.scores(work)
     }
 
     /// What the backward pass of a block holds beside its graph: the gradients of the widest layer.
-    fn backward(&self, tokens: u64) -> u64 {
-        tokens * (3 * self.model.intermediate_size + 2 * self.model.hidden_size) as u64 * FLOAT
+    fn backward(&self, work: Workload) -> u64 {
+        let numbers = work.tokens * (3 * self.model.intermediate_size + 2 * self.model.hidden_size);
+        numbers as u64 * FLOAT + SCORES_BACKWARD * self.scores(work)
     }
 
-    /// The head where it is not in memory anyway, and two copies of a chunk's logits.
+    /// The head where it is not in memory anyway, and two copies of a chunk's logits; a third, and
+    /// one more on the way, where they are capped.
     fn logits(&self, work: Workload) -> u64 {
         let rows = logit_rows(self.model.vocab_size).min(work.supervised.max(1)) as u64;
         let hidden = 3 * work.supervised as u64 * self.model.hidden_size as u64;
-        (2 * rows * self.model.vocab_size as u64 + hidden) * FLOAT + self.weights.streamed_head
+        let copies = if self.model.final_logit_softcapping.is_some() { 4 } else { 2 };
+        (copies * rows * self.model.vocab_size as u64 + hidden) * FLOAT + self.weights.streamed_head
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn shapes() -> Shapes {
+    pub(crate) fn shapes() -> Shapes {
         let config = r#"{"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4,
             "num_attention_heads": 4, "model_type": "llama"}"#;
         let model = DecoderConfig::from_json(config.as_bytes()).unwrap();
-        let weights = WeightBytes { resident: 1 << 20, streamed_head: 0 };
+        let weights = WeightBytes { memory: Memory::Host, resident: 1 << 20, streamed_head: 0, dense: 0 };
         Shapes::new(&model, weights, &LoraConfig::default()).unwrap()
     }
 
     #[test]
     fn a_larger_budget_keeps_more_graphs_and_a_smaller_one_says_what_would_do() {
-        let (shapes, work) = (shapes(), Workload { tokens: 10_000, supervised: 5_000 });
+        let (shapes, work) = (shapes(), Workload { tokens: 10_000, supervised: 5_000, pairs: 1_000_000 });
         let least = shapes.footprint(work, 0).peak();
         let most = shapes.footprint(work, 4).peak();
         assert_eq!(shapes.blocks_that_fit(work, least), Ok(0));
@@ -194,11 +247,57 @@ mod tests {
     }
 
     #[test]
+    fn saved_inputs_take_what_they_are_kept_in() {
+        let saved = |inputs, memory| {
+            let shapes = Shapes { weights: WeightBytes { memory, ..shapes().weights }, ..shapes() };
+            let work = Workload { tokens: 10, supervised: 5, pairs: 100 };
+            shapes.saving(inputs).footprint(work, 1).saved_inputs
+        };
+        assert_eq!(saved(SavedInputs::F32, Memory::Host), 3 * 10 * 64 * 4);
+        assert_eq!(saved(SavedInputs::Bf16, Memory::Card), 3 * 10 * 64 * 2);
+        assert_eq!(saved(SavedInputs::Host, Memory::Card), 0);
+        assert_eq!(saved(SavedInputs::Host, Memory::Host), 3 * 10 * 64 * 4);
+    }
+
+    #[test]
+    fn norms_of_outputs_and_of_heads_keep_their_inputs() {
+        let config = |family: &str| {
+            let config = format!(
+                r#"{{"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4,
+                 "num_attention_heads": 4, "head_dim": 16, "model_type": "{family}"}}"#
+            );
+            DecoderConfig::from_json(config.as_bytes()).unwrap()
+        };
+        let (plain, work) = (shapes(), Workload { tokens: 100, supervised: 50, pairs: 1000 });
+        let more = |family: &str| {
+            let shapes = Shapes { model: config(family), ..plain.clone() };
+            (shapes.footprint(work, 4).kept_graphs - plain.footprint(work, 4).kept_graphs) / (4 * 100 * FLOAT)
+        };
+        assert_eq!((more("mistral"), more("qwen2"), more("phi3")), (0, 0, 0));
+        assert_eq!((more("qwen3"), more("gemma2"), more("gemma3_text")), (2 * 64, 2 * 64, 4 * 64));
+    }
+
+    #[test]
     fn more_adapted_layers_keep_more() {
         let mut all = shapes();
-        let work = Workload { tokens: 100, supervised: 50 };
+        let work = Workload { tokens: 100, supervised: 50, pairs: 10_000 };
         let few = all.footprint(work, 4).kept_graphs;
         all.adapted.extend(["gate_proj", "down_proj"].map(str::to_owned));
         assert_eq!(all.footprint(work, 4).kept_graphs - few, 4 * 100 * (64 + 256) * FLOAT);
+    }
+
+    /// Scores of 4 heads, and what burn keeps of the gate; one dense matrix, all the time.
+    #[test]
+    fn a_card_keeps_scores_and_makes_one_matrix_dense() {
+        let host = shapes();
+        let work = Workload { tokens: 100, supervised: 50, pairs: 10_000 };
+        let mut card = host.clone();
+        card.weights = WeightBytes { memory: Memory::Card, dense: 1 << 16, ..host.weights };
+        let (host, card) = (host.footprint(work, 4), card.footprint(work, 4));
+        let more = SCORES_KEPT * 4 * 10_000 * FLOAT + 2 * 256 * 100 * FLOAT;
+        assert_eq!(card.kept_graphs - host.kept_graphs, 4 * more);
+        let beside = more + SCORES_BACKWARD * 4 * 10_000 * FLOAT;
+        assert_eq!(card.block_graph - host.block_graph, beside);
+        assert_eq!(card.peak() - host.peak(), 4 * more + beside + (1 << 16) + CONTEXT - PROGRAM);
     }
 }

@@ -1,18 +1,20 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use pronk_data::{Order, PackedBatch, PreparedDataset, TextTokenizer};
-use pronk_kernels::{Dropout, DropoutKey};
+use burn::tensor::Tensor;
+use pronk_data::{MicroBatches, Order, PackedBatch, PreparedDataset, TextTokenizer};
+use pronk_kernels::{Dropout, DropoutKey, EmbeddingNoise};
 use pronk_lora::Adapter;
 use pronk_model::{Decoder, WeightBytes};
+use tracing::trace_span;
 
 use crate::checkpoint::{self, Checkpoint, TrainerState};
 use crate::gradients::scalar;
-use crate::memory_plan::MemoryPlan;
 use crate::plan::laid_out;
+use crate::spans::spanned;
 use crate::{
-    EvalRecord, Gradients, ModelCard, Optimizer, Plan, RunFolder, Samples, Shapes, StepRecord, TrainConfig,
-    TrainError, learning_rate, loss_and_gradients, loss_only, peak_memory_bytes,
+    EvalRecord, Gradients, MemoryPlan, ModelCard, Optimizer, Plan, RunFolder, Samples, Shapes, StepRecord,
+    TrainConfig, TrainError, learning_rate, loss_and_gradients, loss_only, peak_memory_bytes,
 };
 
 /// Hears what happens while training.
@@ -55,8 +57,9 @@ pub struct Trainer<'a> {
     data: &'a PreparedDataset,
     config: TrainConfig,
     plan: Plan,
+    micro_batches: MicroBatches,
     folder: RunFolder,
-    card: ModelCard,
+    card: ModelCard<'a>,
     samples: Samples,
     adapter: Adapter,
     optimizer: Optimizer,
@@ -73,27 +76,29 @@ impl<'a> Trainer<'a> {
         tokenizer: &'a TextTokenizer,
         data: &'a PreparedDataset,
         order: Order,
+        micro_batches: MicroBatches,
         config: TrainConfig,
         adapter: Adapter,
         folder: RunFolder,
-        card: ModelCard,
+        card: ModelCard<'a>,
         samples: Samples,
     ) -> Result<Self, TrainError> {
         if data.train.is_empty() {
             return Err(TrainError::NoRows);
         }
-        let plan = Plan::new(&config, order, data.train.len());
-        let optimizer = Optimizer::new(config.weight_decay, &adapter);
+        let plan = Plan::new(&config, order, data.mixture.clone());
+        let optimizer = Optimizer::new(&config, &adapter);
         let data_key = data.key.clone();
         let state = TrainerState { step: 0, best: None, eval_before: None, data_key, samples: Vec::new() };
         let shapes = Shapes::new(&decoder.config, weights, &adapter.config)?;
-        let memory = MemoryPlan::new(&config, shapes, decoder.device());
+        let memory = MemoryPlan::new(&config, shapes);
         let run = Self {
             decoder,
             tokenizer,
             data,
             config,
             plan,
+            micro_batches,
             folder,
             card,
             samples,
@@ -108,11 +113,10 @@ impl<'a> Trainer<'a> {
 
     /// The same run, set to where its newest whole checkpoint left it.
     pub fn resume(mut self, observer: &mut dyn Observer) -> Result<Self, TrainError> {
-        let modules = self.decoder.config.linear_modules();
+        let modules = self.decoder.config.adapter_modules();
         let device = self.decoder.device();
-        let decay = self.config.weight_decay;
         let Checkpoint { state, adapter, optimizer } =
-            checkpoint::load_newest(&self.folder, &modules, decay, device, |m| observer.note(&m))?;
+            checkpoint::load_newest(&self.folder, &modules, &self.config, device, |m| observer.note(&m))?;
         if state.data_key != self.data.key {
             return Err(TrainError::Checkpoint {
                 path: self.folder.checkpoints(),
@@ -173,8 +177,8 @@ impl<'a> Trainer<'a> {
     fn before_the_first_step(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
         observer.note("rehearsing: the longest micro-batch, and a save");
         let longest = self.largest_micro_batch();
-        let kept = self.memory.kept(&longest);
-        let rehearsal = loss_and_gradients(self.decoder, &self.adapter, &longest, 1, kept, None);
+        let keep = self.memory.keep(&longest);
+        let rehearsal = loss_and_gradients(self.decoder, &self.adapter, &longest, 1, keep, None, None);
         self.must_be_finite(0, "loss", scalar(&rehearsal.sum)?)?;
         drop(rehearsal);
         if self.config.save_steps > 0 {
@@ -194,6 +198,7 @@ impl<'a> Trainer<'a> {
     fn step(&mut self) -> Result<StepRecord, TrainError> {
         let started = Instant::now();
         let step = self.state.step;
+        let _step = trace_span!("step", step = step + 1).entered();
         let config = &self.config;
         let rate = learning_rate(
             config.schedule,
@@ -202,27 +207,12 @@ impl<'a> Trainer<'a> {
             self.plan.total_steps,
             step,
         );
-        let batches = self.plan.micro_batches(step, &self.data.train, config.micro_batch_size);
+        let batches = trace_span!("data")
+            .in_scope(|| self.plan.micro_batches(step, &self.data.train, self.micro_batches));
         let tokens: usize = batches.iter().map(PackedBatch::tokens).sum();
         let supervised_tokens: usize = batches.iter().map(PackedBatch::supervised).sum();
 
-        let mut gradients = Gradients::default();
-        let mut sums = Vec::new();
-        for (micro_batch, batch) in (0..).zip(&batches) {
-            let key = DropoutKey { seed: config.seed, step, micro_batch };
-            let p = self.adapter.config.dropout;
-            let dropout = (p > 0.0).then_some(Dropout { p, key });
-            let micro = loss_and_gradients(
-                self.decoder,
-                &self.adapter,
-                batch,
-                supervised_tokens,
-                self.memory.kept(batch),
-                dropout,
-            );
-            gradients.accumulate(micro.gradients);
-            sums.push(micro.sum);
-        }
+        let (sums, mut gradients) = self.learn(step, &batches, supervised_tokens);
         let loss = sums.iter().map(scalar).sum::<Result<f64, _>>()? / supervised_tokens as f64;
         let grad_norm = gradients.norm()?;
         self.must_be_finite(step, "loss", loss)?;
@@ -231,7 +221,8 @@ impl<'a> Trainer<'a> {
             // The small number is PyTorch's, so that clipped runs agree.
             gradients = gradients.scaled(config.max_grad_norm / (grad_norm + 1e-6));
         }
-        self.optimizer.step(&mut self.adapter, &gradients, rate, step + 1);
+        let optimizer = || self.optimizer.step(&mut self.adapter, &gradients, rate, step + 1);
+        spanned(&trace_span!("optimizer"), self.decoder.device(), optimizer)?;
         self.state.step = step + 1;
 
         let seconds = started.elapsed().as_secs_f64();
@@ -250,8 +241,36 @@ impl<'a> Trainer<'a> {
         })
     }
 
+    /// The losses of a step's micro-batches, and the gradients of them all.
+    fn learn(
+        &self,
+        step: u64,
+        batches: &[PackedBatch],
+        supervised_tokens: usize,
+    ) -> (Vec<Tensor<1>>, Gradients) {
+        let mut gradients = Gradients::default();
+        let mut sums = Vec::new();
+        for (micro_batch, batch) in (0..).zip(batches) {
+            let _micro_batch = trace_span!("micro_batch", micro_batch, tokens = batch.tokens()).entered();
+            let key = DropoutKey { seed: self.config.seed, step, micro_batch };
+            let (p, alpha) = (self.adapter.config.dropout, self.config.neftune_noise_alpha);
+            let micro = loss_and_gradients(
+                self.decoder,
+                &self.adapter,
+                batch,
+                supervised_tokens,
+                self.memory.keep(batch),
+                (p > 0.0).then_some(Dropout { p, key }),
+                (alpha > 0.0).then_some(EmbeddingNoise { alpha, key }),
+            );
+            gradients.accumulate(micro.gradients);
+            sums.push(micro.sum);
+        }
+        (sums, gradients)
+    }
+
     fn largest_micro_batch(&self) -> PackedBatch {
-        self.plan.largest_micro_batch(&self.data.train, self.config.micro_batch_size)
+        self.plan.largest_micro_batch(&self.data.train, self.micro_batches)
     }
 
     fn must_be_finite(&self, step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
@@ -267,8 +286,9 @@ impl<'a> Trainer<'a> {
 
     /// Mean loss over the held-out rows' supervised tokens.
     fn evaluate(&self) -> Result<f64, TrainError> {
+        let _eval = trace_span!("eval").entered();
         let rows: Vec<usize> = (0..self.data.validation.len()).collect();
-        let batches = laid_out(&self.data.validation, &rows, self.config.micro_batch_size);
+        let batches = laid_out(&self.data.validation, &rows, self.micro_batches);
         let supervised: usize = batches.iter().map(PackedBatch::supervised).sum();
         let sums = batches.iter().map(|batch| scalar(&loss_only(self.decoder, Some(&self.adapter), batch)));
         Ok(sums.sum::<Result<f64, _>>()? / supervised as f64)
@@ -288,13 +308,17 @@ impl<'a> Trainer<'a> {
 
     fn save_adapter(&self, eval_loss: Option<f64>) -> Result<(), TrainError> {
         let dir = self.folder.adapter();
-        self.adapter.save(&dir, &self.card.base, false)?;
+        // What others load has to sit on layers that they know.
+        let modules = self.decoder.config.adapter_modules();
+        self.adapter.onto_packed(&modules).save(&dir, &self.card.base, false)?;
         let eval = self.state.eval_before.zip(eval_loss);
         let card = self.card.to_markdown(&self.adapter.config, &self.config, self.state.step, eval);
+        self.card.template.save(&dir)?;
         RunFolder::write(&dir.join("README.md"), card.as_bytes())
     }
 
     fn save_checkpoint(&self) -> Result<(), TrainError> {
+        let _save = trace_span!("save").entered();
         let (folder, keep) = (&self.folder, self.config.keep_last);
         checkpoint::save(folder, &self.state, &self.adapter, &self.optimizer, &self.card.base, keep)?;
         if self.has_learned() && self.state.best.is_none() {
@@ -312,6 +336,7 @@ impl<'a> Trainer<'a> {
         if self.samples.is_empty() {
             return Ok(());
         }
+        let _samples = trace_span!("samples").entered();
         observer.note("answering the sample prompts");
         let round = self.samples.answer(self.state.step, self.decoder, &self.adapter, self.tokenizer)?;
         self.state.samples.push(round);

@@ -10,7 +10,7 @@ use pronk_data::{PackedBatch, TokenizedExample};
 use pronk_kernels::{Dropout, DropoutKey, open_device};
 use pronk_lora::{Adapter, LoraConfig, TargetModules};
 use pronk_model::{Base, Decoder, LoadConfig};
-use pronk_train::{MicroBatchLoss, loss_and_gradients, loss_only};
+use pronk_train::{Keep, MicroBatchLoss, SavedInputs, loss_and_gradients, loss_only};
 use safetensors::SafeTensors;
 
 fn golden() -> PathBuf {
@@ -21,6 +21,7 @@ fn devices() -> Vec<Device> {
     let mut names = Vec::new();
     names.extend(cfg!(feature = "flex").then_some("cpu"));
     names.extend(cfg!(feature = "tch").then_some("tch:cpu"));
+    names.extend(cfg!(feature = "cubecl-cpu").then_some("cube-cpu"));
     assert!(!names.is_empty(), "build with --features flex, tch, or both");
     names.into_iter().map(|name| open_device(name).unwrap()).collect()
 }
@@ -70,16 +71,33 @@ fn relative_error(ours: &Tensor<2>, reference: &[f32]) -> f32 {
     ours.iter().zip(reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
 }
 
+/// Keeps so many graphs, and the other blocks' inputs as they are.
+fn graphs(graphs: usize) -> Keep {
+    Keep { graphs, inputs: SavedInputs::F32 }
+}
+
 fn loss(micro: &MicroBatchLoss) -> f32 {
     micro.sum.clone().into_scalar()
 }
 
 #[test]
 fn loss_and_gradients_equal_pefts() {
-    let bytes = fs::read(golden().join("lora-gradients.safetensors")).unwrap();
+    let llamas = [("gqa", "tiny-gqa"), ("tied", "tiny-tied"), ("rslora", "tiny-gqa")];
+    equal_pefts("lora-gradients.safetensors", llamas.map(|(case, model)| (case, model.to_owned())));
+}
+
+/// Biases, norms of heads and of outputs, caps, windows, two rotary embeddings, packed layers.
+#[test]
+fn loss_and_gradients_of_every_family_equal_pefts() {
+    let families = ["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"];
+    equal_pefts("family-gradients.safetensors", families.map(|name| (name, format!("tiny-{name}"))));
+}
+
+fn equal_pefts<const N: usize>(file: &str, cases: [(&str, String); N]) {
+    let bytes = fs::read(golden().join(file)).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     for device in devices() {
-        for (case, model) in [("gqa", "tiny-gqa"), ("tied", "tiny-tied"), ("rslora", "tiny-gqa")] {
+        for (case, model) in &cases {
             let (base, decoder) = decoder(model, &device);
             let modules = base.config.linear_modules();
             let adapter =
@@ -87,7 +105,7 @@ fn loss_and_gradients_equal_pefts() {
             let batch = pack(&examples(&file, case));
             for kept in [usize::MAX, 0, 1] {
                 let n = batch.supervised();
-                let micro = loss_and_gradients(&decoder, &adapter, &batch, n, kept, None);
+                let micro = loss_and_gradients(&decoder, &adapter, &batch, n, graphs(kept), None, None);
                 let expected = floats(&file, &format!("{case}.loss"))[0];
                 let mean = loss(&micro) / n as f32;
                 assert!((mean / expected - 1.0).abs() < 1e-5, "{case}: loss {mean}, PEFT's is {expected}");
@@ -104,6 +122,46 @@ fn loss_and_gradients_equal_pefts() {
     }
 }
 
+/// An adapter on parts of packed layers has the gradients that its blocks have in the adapter on the
+/// whole, which are PEFT's.
+#[test]
+fn parts_of_packed_layers_have_the_gradients_of_their_blocks() {
+    let bytes = fs::read(golden().join("family-gradients.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    for device in devices() {
+        let (base, decoder) = decoder("tiny-phi3", &device);
+        let modules = base.config.adapter_modules();
+        let targets = ["q_proj", "v_proj", "up_proj"].map(str::to_owned).to_vec();
+        let config =
+            LoraConfig { rank: 2, target_modules: TargetModules::Names(targets), ..LoraConfig::default() };
+        let mut adapter = Adapter::init(&config, &modules, 3, &device).unwrap();
+        for pair in adapter.pairs.values_mut() {
+            pair.b = pair.a.clone().slice([0..2, 0..1]).transpose().expand(pair.b.dims()) * 0.3;
+        }
+        let batch = pack(&examples(&file, "phi3"));
+        let gradients = |adapter: &Adapter| {
+            loss_and_gradients(&decoder, adapter, &batch, 1, graphs(1), None, None).gradients
+        };
+        let (parts, whole) = (gradients(&adapter), gradients(&adapter.onto_packed(&modules)));
+        assert_eq!((parts.pairs.len(), whole.pairs.len()), (6, 4));
+        for (name, pair) in &parts.pairs {
+            let part = modules.iter().find(|m| m.name == *name).unwrap().part_of.clone().unwrap();
+            let block = &whole.pairs[&part.module];
+            // Pairs lie in the order of their names: v_proj behind q_proj.
+            let first = if name.ends_with("v_proj") { 2 } else { 0 };
+            let columns = block.a.dims()[1];
+            let a = block.a.clone().slice([first..first + 2, 0..columns]);
+            let b = block.b.clone().slice([part.rows, first..first + 2]);
+            for (ours, expected) in [(&pair.a, a), (&pair.b, b)] {
+                let expected: Vec<f32> = expected.try_to_vec_as().unwrap();
+                assert!(expected.iter().any(|x| *x != 0.0), "{name}");
+                let error = relative_error(ours, &expected);
+                assert!(error < 1e-4, "{device:?} {name}: {error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn micro_batches_add_up_to_the_whole() {
     let bytes = fs::read(golden().join("lora-gradients.safetensors")).unwrap();
@@ -115,11 +173,11 @@ fn micro_batches_add_up_to_the_whole() {
         let examples = examples(&file, "gqa");
         let whole = pack(&examples);
         let n = whole.supervised();
-        let at_once = loss_and_gradients(&decoder, &adapter, &whole, n, 0, None);
+        let at_once = loss_and_gradients(&decoder, &adapter, &whole, n, graphs(0), None, None);
         let mut sum = pronk_train::Gradients::default();
         let mut losses = 0.0;
         for example in examples.chunks(1) {
-            let part = loss_and_gradients(&decoder, &adapter, &pack(example), n, 0, None);
+            let part = loss_and_gradients(&decoder, &adapter, &pack(example), n, graphs(0), None, None);
             losses += loss(&part);
             sum.accumulate(part.gradients);
         }
@@ -145,7 +203,7 @@ fn recompute_sees_the_same_dropout() {
         let run = |kept, step| {
             let key = DropoutKey { seed: 1, step, micro_batch: 0 };
             let dropout = Some(Dropout { p: 0.3, key });
-            loss_and_gradients(&decoder, &adapter, &batch, 1, kept, dropout)
+            loss_and_gradients(&decoder, &adapter, &batch, 1, graphs(kept), dropout, None)
         };
         let (kept, again) = (run(usize::MAX, 0), run(0, 0));
         // Backends may fuse an operation where no graph is recorded: equal but for rounding.
@@ -157,6 +215,39 @@ fn recompute_sees_the_same_dropout() {
         }
         let other = run(usize::MAX, 1);
         assert!((loss(&kept) / loss(&other) - 1.0).abs() > 1e-3, "another step has another mask");
+    }
+}
+
+#[test]
+fn saved_inputs_may_be_rounded_or_lie_elsewhere() {
+    let bytes = fs::read(golden().join("lora-gradients.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    for device in devices() {
+        let (base, decoder) = decoder("tiny-gqa", &device);
+        let modules = base.config.linear_modules();
+        let adapter = Adapter::load(&golden().join("adapter-gqa"), &modules, &device).unwrap();
+        let batch = pack(&examples(&file, "gqa"));
+        let run = |inputs| {
+            let micro =
+                loss_and_gradients(&decoder, &adapter, &batch, 1, Keep { graphs: 0, inputs }, None, None);
+            let pairs = micro.gradients.pairs.iter();
+            let gradient = |t: &Tensor<2>| t.try_to_vec_as::<f32>().unwrap();
+            let gradients: Vec<_> =
+                pairs.flat_map(|(_, pair)| [gradient(&pair.a), gradient(&pair.b)]).collect();
+            (loss(&micro), gradients)
+        };
+        let exact = run(SavedInputs::F32);
+        assert_eq!(run(SavedInputs::Host), exact);
+        let rounded = run(SavedInputs::Bf16);
+        assert_eq!(rounded.0.to_bits(), exact.0.to_bits(), "the way forward sees nothing of it");
+        let mut furthest = 0.0_f32;
+        for (found, expected) in rounded.1.iter().zip(&exact.1) {
+            let largest = expected.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+            let off = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            furthest = furthest.max(off / largest);
+        }
+        println!("{device:?}: inputs in bf16 move gradients by {furthest:.1e}");
+        assert!(furthest > 0.0 && furthest < 2e-2, "{furthest}");
     }
 }
 
@@ -173,8 +264,8 @@ fn below_the_lowest_adapter_nothing_has_a_gradient() {
         let example =
             TokenizedExample { token_ids: vec![5, 6, 7, 8], loss_mask: vec![false, true, true, true] };
         for kept in [usize::MAX, 0, 1] {
-            let micro =
-                loss_and_gradients(&decoder, &adapter, &pack(std::slice::from_ref(&example)), 3, kept, None);
+            let batch = pack(std::slice::from_ref(&example));
+            let micro = loss_and_gradients(&decoder, &adapter, &batch, 3, graphs(kept), None, None);
             assert_eq!(micro.gradients.pairs.keys().collect::<Vec<_>>(), [&target]);
             // B is zero, so A's gradient is too; B's is not.
             let b: Vec<f32> = micro.gradients.pairs[&target].b.try_to_vec_as().unwrap();

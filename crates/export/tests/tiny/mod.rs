@@ -40,7 +40,7 @@ pub fn random(base: &Base, targets: &[&str], size: f32) -> Adapter {
         target_modules: TargetModules::Names(targets.iter().map(|&t| t.into()).collect()),
         ..LoraConfig::default()
     };
-    let mut adapter = Adapter::init(&config, &base.config.linear_modules(), 7, &device()).unwrap();
+    let mut adapter = Adapter::init(&config, &base.config.adapter_modules(), 7, &device()).unwrap();
     for pair in adapter.pairs.values_mut() {
         let [rows, rank] = pair.b.dims();
         let values: Vec<f32> = (0..rows * rank).map(|i| size * (i as f32 * 1.7).sin()).collect();
