@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use pronk_data::{Learn, RecordFormat};
+use pronk_model::Scheme;
 
 /// Cheap instruction tuning: a `LoRA` adapter and a merged model from an instruction JSON.
 #[derive(Debug, Parser)]
@@ -20,6 +22,8 @@ pub enum Command {
     Train(Train),
     /// Says what a recipe will take, in memory, time and money, before any weight is read
     Plan(Plan),
+    /// Measures what a step of a recipe takes on this machine, part by part
+    Bench(Bench),
     /// Adds an adapter to its base, and proves the result
     Merge(Merge),
     /// Answers an instruction
@@ -34,18 +38,30 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct Prep {
-    /// Instruction files: a JSON array, or JSON Lines, of {instruction, input, output}
+    /// Data files: JSON array, JSON Lines or CSV, as they are or packed by gzip or zstd
     #[arg(long, num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
+    /// What a record is: auto looks at the first ones, and says what it found
+    ///
+    /// alpaca: instruction, input, output, perhaps system. sharegpt: conversations of from and value. messages:
+    /// messages of role and content. prompt-completion and text: text as it is, without a template.
+    #[arg(long, value_parser = record_format, default_value = "auto", value_name = "FORMAT")]
+    pub format: RecordFormat,
+    /// What a field is called here, such as `instruction=question`
+    #[arg(long, value_name = "FIELD=NAME")]
+    pub column: Vec<String>,
     /// The base whose tokenizer is used: a Hugging Face directory, a GGUF file, or a hub id
     #[arg(long)]
     pub base: String,
     /// The prepared file to write
     #[arg(long)]
     pub out: PathBuf,
-    /// alpaca, alpaca-short, vicuna, or a minijinja file
+    /// alpaca, alpaca-short, vicuna; chat, the base's own chat template; or a minijinja file
     #[arg(long, default_value = "alpaca")]
     pub template: String,
+    /// Which of a conversation's answers are learned: all, or last
+    #[arg(long, value_parser = learn, default_value = "all", value_name = "all|last")]
+    pub learn: Learn,
     /// Tokens of a row at most; what is beyond is cut away and counted
     #[arg(long, default_value_t = 512)]
     pub max_seq_len: usize,
@@ -71,6 +87,32 @@ pub struct Train {
     /// Change a knob of the recipe, such as `train.max_steps=8`
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Write what happens when, as a trace that `chrome://tracing` and Perfetto open
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
+    #[command(flatten)]
+    pub device: DeviceArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// The recipe, a TOML file
+    pub recipe: PathBuf,
+    /// Change a knob of the recipe, such as `train.recompute=blocks`
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Optimizer steps that are measured
+    #[arg(long, default_value_t = 8)]
+    pub steps: u64,
+    /// Optimizer steps before them that are not
+    #[arg(long, default_value_t = 2)]
+    pub warmup: u64,
+    /// Print a JSON object instead of a table, as the last line
+    #[arg(long)]
+    pub json: bool,
+    /// Write what happens when, as a trace that `chrome://tracing` and Perfetto open
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     #[command(flatten)]
     pub device: DeviceArgument,
 }
@@ -82,7 +124,7 @@ pub struct Plan {
     /// Change a knob of the recipe, such as `base.quantize=nf4`
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Hold it against this card's memory instead of what is free here
+    /// Hold it against this card's memory and speed instead of this machine's
     #[arg(long, value_name = "CARD")]
     pub gpu: Option<String>,
     /// What an hour of the machine costs, in dollars
@@ -130,9 +172,10 @@ pub struct Generate {
     /// What to do it with
     #[arg(long, default_value = "")]
     pub input: String,
-    /// alpaca, alpaca-short, vicuna, or a minijinja file: the one the adapter was trained with
-    #[arg(long, default_value = "alpaca")]
-    pub template: String,
+    /// alpaca, alpaca-short, vicuna; chat, the base's own chat template; or a minijinja file. Left out, the one that
+    /// the adapter was trained with; without one, the base's own, else alpaca
+    #[arg(long)]
+    pub template: Option<String>,
     /// Tokens of the answer at most
     #[arg(long, default_value_t = 256, allow_negative_numbers = true)]
     pub max_new_tokens: usize,
@@ -190,7 +233,7 @@ pub enum What {
 #[derive(Debug, Args)]
 pub struct Synth {
     /// Whose shape: llama-2-7b, llama-2-13b, llama-3-8b, llama-3.2-1b, llama-3.2-3b, tinyllama-1.1b,
-    /// smollm2-135m
+    /// smollm2-135m, mistral-7b, qwen2.5-7b, qwen3-8b, gemma-2-9b, gemma-3-4b, phi-3-mini
     #[arg(long, value_name = "NAME")]
     pub like: String,
     /// The directory to write; it must not exist, or be empty
@@ -199,6 +242,9 @@ pub struct Synth {
     /// Seeds the weights
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// nf4 or int8: what the linear layers are written in, instead of bfloat16
+    #[arg(long, value_name = "SCHEME")]
+    pub quantize: Option<Scheme>,
 }
 
 #[derive(Debug, Args)]
@@ -206,4 +252,17 @@ pub struct DeviceArgument {
     /// auto, cpu, cuda:N, rocm:N, vulkan:N, metal:N, tch:cpu, tch:cuda:N
     #[arg(long, default_value = "auto")]
     pub device: String,
+}
+
+/// A word as a recipe spells it.
+fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, serde::de::value::Error> {
+    T::deserialize(serde::de::value::StrDeserializer::new(text))
+}
+
+fn record_format(text: &str) -> Result<RecordFormat, serde::de::value::Error> {
+    word(text)
+}
+
+fn learn(text: &str) -> Result<Learn, serde::de::value::Error> {
+    word(text)
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use hf_hub::api::sync::ApiBuilder;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use pronk_data::{GgufVocabulary, TextTokenizer};
+use pronk_data::{GgufVocabulary, PromptTemplate, TextTokenizer};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
 use pronk_model::{Base, Decoder, GgufFile, LoadConfig, ModelError, Origin, Scheme, quantized};
@@ -67,13 +67,14 @@ fn locate(name: &str, folder: &Path) -> Result<PathBuf> {
 /// Fetches a model repository's files into the hub cache; those that are there already stay.
 fn download(id: &str) -> Result<PathBuf, hf_hub::api::sync::ApiError> {
     let repo = ApiBuilder::from_env().with_progress(true).build()?.model(id.to_owned());
-    let wanted = |name: &str| {
-        let kept = [".json", ".safetensors", ".jinja", "tokenizer.model"];
+    let all: Vec<String> = repo.info()?.siblings.into_iter().map(|s| s.rfilename).collect();
+    // PyTorch's own files hold the same weights again, where there are safetensors.
+    let weights = if all.iter().any(|name| name.ends_with(".safetensors")) { ".safetensors" } else { ".bin" };
+    let wanted = |name: &&String| {
+        let kept = [".json", weights, ".jinja", "tokenizer.model"];
         !name.contains('/') && kept.iter().any(|end| name.ends_with(end))
     };
-    let names: Vec<String> =
-        repo.info()?.siblings.into_iter().map(|s| s.rfilename).filter(|n| wanted(n)).collect();
-    for name in &names {
+    for name in all.iter().filter(wanted) {
         repo.get(name)?;
     }
     let config = repo.get("config.json")?;
@@ -99,6 +100,25 @@ fn vocabulary(file: &GgufFile) -> GgufVocabulary {
         add_bos: flag("add_bos_token"),
         add_space_prefix: flag("add_space_prefix"),
         chat_template: text("chat_template"),
+    }
+}
+
+/// The template called `name`; left out, the one that lies with the adapter, else the base's own, else alpaca.
+pub fn template(
+    name: Option<&str>,
+    adapter: Option<&Path>,
+    tokenizer: &TextTokenizer,
+) -> Result<PromptTemplate> {
+    let stored = match (name, adapter) {
+        (None, Some(dir)) => PromptTemplate::of_adapter(dir, tokenizer).into_diagnostic()?,
+        _ => None,
+    };
+    match stored {
+        Some(template) => Ok(template),
+        None => {
+            let own = if tokenizer.chat_template().is_some() { "chat" } else { "alpaca" };
+            PromptTemplate::load(name.unwrap_or(own), tokenizer).into_diagnostic()
+        }
     }
 }
 
@@ -159,7 +179,7 @@ impl OpenedBase {
 
     /// An adapter for this base.
     pub fn load_adapter(&self, dir: &Path, decoder: &Decoder) -> Result<Adapter> {
-        Adapter::load(dir, &self.base.config.linear_modules(), decoder.device()).into_diagnostic()
+        Adapter::load(dir, &self.base.config.adapter_modules(), decoder.device()).into_diagnostic()
     }
 
     /// A tokenizer may know more tokens than the base has embeddings for.

@@ -1,11 +1,12 @@
 //! One file a command.
 
+mod bench;
 mod devices;
 mod generate;
 mod inspect;
 mod merge;
 mod plan;
-mod prep;
+pub mod prep;
 mod synth;
 mod train;
 
@@ -21,6 +22,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Prep(args) => prep::run(args),
         Command::Train(args) => return train::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Bench(args) => return bench::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => match args.what {

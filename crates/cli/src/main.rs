@@ -4,9 +4,14 @@
 
 mod args;
 mod base;
+mod cards;
 mod commands;
+mod loaded;
+mod profile;
 mod progress;
 mod recipe;
+mod sizes;
+mod speed;
 mod terminal;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,6 +22,7 @@ use clap::Parser;
 use crate::args::Arguments;
 
 fn main() -> ExitCode {
+    pronk_kernels::keep_freed_memory();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(e) => {

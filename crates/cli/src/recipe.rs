@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use pronk_data::{Order, PrepareConfig};
+use pronk_data::{Columns, DataFile, Learn, MicroBatches, Order, PrepareConfig, RecordFormat, RowConfig};
 use pronk_kernels::Precision;
 use pronk_lora::LoraConfig;
 use pronk_model::{LoadConfig, Residency, Scheme};
@@ -51,9 +51,9 @@ impl BaseTable {
     /// What the model crate needs of it.
     pub fn load_config(&self) -> LoadConfig {
         let precision = match self.compute {
-            Compute::Auto => Precision::fastest(),
+            // Where nothing multiplies bf16 faster, it is float32 by itself.
+            Compute::Auto | Compute::Bf16 => Precision::Bf16,
             Compute::F32 => Precision::F32,
-            Compute::Bf16 => Precision::Bf16,
         };
         LoadConfig { precision, weights: self.weights }
     }
@@ -83,7 +83,7 @@ impl Quantize {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
-    /// bf16 where this processor has an instruction for it, otherwise float32.
+    /// bf16 where the device has an instruction for it, otherwise float32.
     Auto,
     F32,
     Bf16,
@@ -93,32 +93,80 @@ pub enum Compute {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataTable {
-    /// Instruction files: a JSON array, or JSON Lines, of {instruction, input, output}.
-    pub files: Vec<PathBuf>,
-    /// alpaca, alpaca-short, vicuna, or a minijinja file.
+    /// Data files; each a path, or a path with a weight.
+    pub files: Vec<FileEntry>,
+    /// What a record is.
+    pub format: RecordFormat,
+    /// alpaca, alpaca-short, vicuna; chat, the base's own; or a minijinja file.
     pub template: String,
-    /// Tokens of a row at most; what is beyond is cut away and counted.
-    pub max_seq_len: usize,
+    /// Which of a conversation's answers are learned.
+    pub learn: Learn,
+    /// Tokens of a row at most; what is beyond is cut away and counted. Left out: the longest record's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_seq_len: Option<usize>,
     /// Learn the prompts too.
     pub train_on_inputs: bool,
     /// Rows to hold out for evaluation. 0: none.
     pub val_size: usize,
     /// "shuffle" anew each epoch, or "sequential".
     pub order: Order,
+    /// Fill micro-batches with as many records as their tokens hold, instead of a fixed number.
+    pub packing: bool,
     /// Go on without the records that cannot be read.
     pub skip_bad: bool,
+    /// What the fields of records are called.
+    pub columns: Columns,
+}
+
+/// An entry of `data.files`: `"a.json"`, or `{ path = "a.json", weight = 2.0 }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected paths, or tables such as { path = \"a.json\", weight = 2.0 }")]
+pub enum FileEntry {
+    /// Each row once an epoch.
+    Plain(PathBuf),
+    /// As often as its weight says.
+    Weighted(DataFile),
+}
+
+impl FileEntry {
+    fn path_mut(&mut self) -> &mut PathBuf {
+        match self {
+            Self::Plain(path) | Self::Weighted(DataFile { path, .. }) => path,
+        }
+    }
+}
+
+impl From<FileEntry> for DataFile {
+    fn from(entry: FileEntry) -> Self {
+        match entry {
+            FileEntry::Plain(path) => path.into(),
+            FileEntry::Weighted(file) => file,
+        }
+    }
+}
+
+impl DataTable {
+    /// The files' names without their folders.
+    pub fn file_names(&self) -> Vec<String> {
+        let files = self.files.iter().cloned().map(DataFile::from);
+        files.filter_map(|file| Some(file.path.file_name()?.to_str()?.to_owned())).collect()
+    }
 }
 
 impl Default for DataTable {
     fn default() -> Self {
         Self {
             files: Vec::new(),
+            format: RecordFormat::Auto,
             template: "alpaca".into(),
-            max_seq_len: 512,
+            learn: Learn::All,
+            max_seq_len: None,
             train_on_inputs: false,
             val_size: 0,
             order: Order::Shuffle,
+            packing: true,
             skip_bad: false,
+            columns: Columns::default(),
         }
     }
 }
@@ -149,9 +197,14 @@ impl Default for RunTable {
     }
 }
 
-/// Knobs that stand in no default, because they are off.
-const OPTIONAL: [(&str, &str); 3] =
-    [("train", "max_steps"), ("train", "memory_budget"), ("lora", "init_adapter")];
+/// Knobs that stand in no default, because they are off, or found when the run starts.
+const OPTIONAL: [(&str, &str); 5] = [
+    ("data", "max_seq_len"),
+    ("lora", "init_adapter"),
+    ("train", "max_steps"),
+    ("train", "memory_budget"),
+    ("train", "micro_batch_size"),
+];
 
 impl Recipe {
     /// Reads the recipe at `path` with the changes `set` (`table.knob=value`) made to it, and its
@@ -209,8 +262,7 @@ impl Recipe {
                 problems.push(format!("{knob}: missing; expected {what}"));
             }
         }
-        if recipe.data.max_seq_len < 2 {
-            let found = recipe.data.max_seq_len;
+        if let Some(found @ ..2) = recipe.data.max_seq_len {
             problems.push(format!("data.max_seq_len: expected a whole number from 2, found {found}"));
         }
         Some(recipe)
@@ -220,7 +272,7 @@ impl Recipe {
         let recipe = std::path::absolute(recipe).into_diagnostic()?;
         let folder = recipe.parent().unwrap_or(Path::new("/"));
         let absolute = |path: &mut PathBuf| *path = folder.join(&*path);
-        self.data.files.iter_mut().for_each(absolute);
+        self.data.files.iter_mut().map(FileEntry::path_mut).for_each(absolute);
         absolute(&mut self.run.dir);
         self.lora.init_adapter.iter_mut().for_each(absolute);
         for name in [&mut self.base.path, &mut self.data.template] {
@@ -238,16 +290,27 @@ impl Recipe {
         toml::to_string(self).into_diagnostic()
     }
 
-    /// What the data crate needs of it.
-    pub fn prepare_config(&self) -> PrepareConfig {
+    /// What the data crate needs of it, with rows of at most `max_seq_len` tokens.
+    pub fn prepare_config(&self, max_seq_len: usize) -> PrepareConfig {
         let data = self.data.clone();
         PrepareConfig {
-            files: data.files,
+            files: data.files.into_iter().map(Into::into).collect(),
+            format: data.format,
+            columns: data.columns,
             template: data.template,
-            max_seq_len: data.max_seq_len,
-            train_on_inputs: data.train_on_inputs,
+            row: RowConfig { max_seq_len, train_on_inputs: data.train_on_inputs, learn: data.learn },
             val_size: data.val_size,
             skip_bad: data.skip_bad,
+        }
+    }
+
+    /// Micro-batches of `size` rows: where they are packed, of as many tokens as `size` of the
+    /// longest rows have.
+    pub fn micro_batches(&self, size: usize, max_seq_len: usize) -> MicroBatches {
+        if self.data.packing {
+            MicroBatches::Packed { tokens: size.saturating_mul(max_seq_len) }
+        } else {
+            MicroBatches::Grouped { rows: size }
         }
     }
 }
@@ -344,9 +407,14 @@ fn apply(table: &mut Table, change: &str) -> Result<()> {
         Ok(mut parsed) => parsed.remove("value").unwrap_or_else(|| Value::String(value.into())),
         Err(_) => Value::String(value.into()),
     };
-    let section = table.entry(section).or_insert_with(|| Value::Table(Table::new()));
-    let section = section.as_table_mut().ok_or_else(expected)?;
-    section.insert(knob.to_owned(), value);
+    let mut tables: Vec<&str> = [section].into_iter().chain(knob.split('.')).collect();
+    let knob = tables.pop().unwrap_or_default();
+    let mut table = table;
+    for name in tables {
+        let inner = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
+        table = inner.as_table_mut().ok_or_else(expected)?;
+    }
+    table.insert(knob.to_owned(), value);
     Ok(())
 }
 
@@ -370,7 +438,7 @@ mod tests {
         let recipe = recipe.unwrap();
         assert_eq!(recipe.train.max_steps, Some(8));
         assert!(recipe.run.dir.is_absolute() && recipe.run.dir.ends_with("else/where"));
-        assert!(recipe.data.files[0].is_absolute());
+        assert!(DataFile::from(recipe.data.files[0].clone()).path.is_absolute());
     }
 
     #[test]
@@ -386,7 +454,15 @@ mod tests {
 
     #[test]
     fn the_resolved_recipe_reads_back_the_same() {
-        let recipe = read(MINIMAL, &["lora.init_adapter=a", "train.max_steps=3"]).unwrap();
+        let set = [
+            "lora.init_adapter=a",
+            "train.max_steps=3",
+            "data.columns.instruction=question",
+            "data.format=sharegpt",
+            "data.files=['a.json', {path = 'b.json', weight = 0.5}]",
+        ];
+        let recipe = read(MINIMAL, &set).unwrap();
+        assert_eq!(recipe.data.columns.instruction.as_deref(), Some("question"));
         let again = read(&recipe.to_toml().unwrap(), &[]).unwrap();
         assert_eq!(again, recipe);
     }

@@ -2,7 +2,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use miette::{IntoDiagnostic, Result, miette};
-use pronk_data::PromptTemplate;
+use pronk_data::{Conversation, tokenize_prompt};
 use pronk_lora::ForwardMode;
 use pronk_model::{LoadConfig, Sampling, generate};
 
@@ -13,11 +13,11 @@ use crate::terminal::print;
 /// `pronk generate`
 pub fn run(args: &Generate) -> Result<()> {
     let sampling = sampling(args)?;
-    let template = PromptTemplate::load(&args.template).into_diagnostic()?;
     let opened = base::open(&args.base, Path::new("."))?;
     let tokenizer = &opened.tokenizer;
-    let prompt = template.render_prompt(&args.instruction, &args.input).into_diagnostic()?;
-    let prompt = tokenizer.encode_prompt(&prompt).into_diagnostic()?;
+    let template = base::template(args.template.as_deref(), args.adapter.as_deref(), tokenizer)?;
+    let question = Conversation::question(&args.instruction, &args.input);
+    let prompt = tokenize_prompt(tokenizer, &question, &template).into_diagnostic()?;
     opened.must_embed(prompt.iter().max().copied())?;
     let context = opened.base.config.max_position_embeddings;
     if prompt.len() >= context {

@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use miette::{IntoDiagnostic, Result};
-use pronk_data::PromptTemplate;
+use pronk_data::{Conversation, PromptTemplate, tokenize_prompt};
 use pronk_export::{Dtype, MergeOptions, MergeReport, Verification, merge};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
@@ -24,10 +24,11 @@ pub fn run(args: &Merge) -> Result<()> {
         );
     }
     let device = open_device(&args.device.device).into_diagnostic()?;
-    let modules = opened.base.config.linear_modules();
+    let modules = opened.base.config.adapter_modules();
     let adapter = Adapter::load(&args.adapter, &modules, &device).into_diagnostic()?;
-    let prompt = PromptTemplate::load("alpaca").and_then(|t| t.render_prompt(PROOF, "")).into_diagnostic()?;
-    let mut prompt = opened.tokenizer.encode_prompt(&prompt).into_diagnostic()?;
+    let template = base::template(None, Some(&args.adapter), &opened.tokenizer)?;
+    let proof = Conversation::question(PROOF, "");
+    let mut prompt = tokenize_prompt(&opened.tokenizer, &proof, &template).into_diagnostic()?;
     prompt.truncate(opened.base.config.max_position_embeddings);
     opened.must_embed(prompt.iter().max().copied())?;
 
@@ -42,10 +43,14 @@ pub fn run(args: &Merge) -> Result<()> {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     };
-    // A directory's tokenizer files are copied as they are; a GGUF file has none to copy.
-    let mut finish = |dir: &Path| match opened.base.gguf() {
-        Some(_) => Ok(opened.tokenizer.save(dir)?),
-        None => Ok(()),
+    // A directory's tokenizer files are copied as they are; a GGUF file has none to copy. The adapter's template goes
+    // before the base's: it is what the merged model was trained with.
+    let trained_with = PromptTemplate::of_adapter(&args.adapter, &opened.tokenizer).into_diagnostic()?;
+    let mut finish = |dir: &Path| {
+        if opened.base.gguf().is_some() {
+            opened.tokenizer.save(dir)?;
+        }
+        Ok(trained_with.iter().try_for_each(|template| template.save(dir))?)
     };
     let report = merge(&opened.base, &adapter, &args.out, &options, &device, &mut progress, &mut finish);
     bar.finish_and_clear();

@@ -1,61 +1,67 @@
 use std::fmt::Write;
 use std::path::Path;
-use std::time::Instant;
 
-use bytes::Bytes;
 use miette::{IntoDiagnostic, Result, miette};
-use pronk_data::PreparedDataset;
-use pronk_kernels::{Format, FrozenMatrix, Precision};
-use pronk_model::{LoadConfig, Residency, Scheme, WeightBytes};
-use pronk_train::{Footprint, Plan, Recompute, Shapes, Workload, available_memory_bytes};
+use pronk_data::PromptTemplate;
+use pronk_kernels::open_device;
+use pronk_model::{Memory, Residency};
+use pronk_train::{Footprint, MemoryPlan, Plan, SavedInputs, Workload, available_memory_bytes};
 
 use super::prep;
 use crate::args;
 use crate::base::{self, OpenedBase};
+use crate::cards::{Card, UTILIZATION};
 use crate::recipe::{Quantize, Recipe};
+use crate::sizes::{self, Settled, settle, shapes};
+use crate::speed::operations_per_second;
 use crate::terminal::print;
 
-/// Cards by name with their memory in GB, from their makers' data sheets.
-const CARDS: [(&str, u64); 12] = [
-    ("rtx3060", 12),
-    ("rtx3090", 24),
-    ("rtx4060", 8),
-    ("rtx4070", 12),
-    ("rtx4080", 16),
-    ("rtx4090", 24),
-    ("rtx5080", 16),
-    ("rtx5090", 32),
-    ("l4", 24),
-    ("a100", 80),
-    ("h100", 80),
-    ("h200", 141),
-];
+/// Tokens of the product that tells how fast this machine multiplies.
+const TOKENS: usize = 512;
 
 /// Of a step's time, about the share that goes into products with the base, by a profile of SmolLM2's.
 const SHARE_OF_PRODUCTS: f64 = 0.7;
 
 /// `pronk plan`
 pub fn run(args: &args::Plan) -> Result<()> {
-    let recipe = Recipe::read(&args.recipe, &args.set)?;
+    let mut recipe = Recipe::read(&args.recipe, &args.set)?;
     if let Some(price) = args.price.filter(|price| !price.is_finite() || *price < 0.0) {
         return Err(miette!("--price: expected dollars an hour, a number from 0, found {price}"));
     }
-    let budget = budget(args.gpu.as_deref(), &recipe)?;
+    let card = args.gpu.as_deref().map(Card::named).transpose()?;
     let opened = base::open(&recipe.base.path, Path::new("."))?;
-    let data = prep::with_bar(&recipe.prepare_config(), &opened)?;
-    if data.train.is_empty() {
+    let computes_in = if card.is_some() { Memory::Card } else { Memory::Host };
+    let memory = sizes::memory(&recipe, &opened, computes_in)?;
+    let memory = match card {
+        Some(card) => memory.within(card.memory),
+        None => memory,
+    };
+    let template = PromptTemplate::load(&recipe.data.template, &opened.tokenizer).into_diagnostic()?;
+    let sized = settle(&mut recipe, &opened, &template, &memory, |config| {
+        prep::with_bar(config, &opened, &std::env::temp_dir())?.load().into_diagnostic()
+    })?;
+    if sized.data.train.is_empty() {
         return Err(miette!("no rows to train on: every record was dropped or held out"));
     }
-    let outlook = Outlook::new(&recipe, &opened, &data, budget)?;
+    print(&sized.found);
+    let outlook = Outlook::new(&recipe, &sized, memory, budget(card, &recipe));
     print(&outlook.table(&recipe));
-    if args.gpu.is_none() {
-        print(&outlook.time(&recipe, args.price));
-    } else {
-        print("time and cost: not told for another machine; run `pronk plan` there\n");
-    }
+    print(&match card {
+        None => outlook.cost("expected here", outlook.seconds_here(&recipe), args.price),
+        Some(card) => {
+            let share = UTILIZATION * 100.0;
+            let cost = outlook.cost("estimated", outlook.seconds_on(card), args.price);
+            let teraflops = card.operations_per_s / 1e12;
+            cost + &format!(
+                "an estimate: {share:.0} % of the {teraflops} TFLOP/s in bf16 of the {}'s data sheet, unless reading the \
+                 weights takes longer\n",
+                card.name
+            )
+        }
+    });
     match &outlook.budget {
         Some((budget, whose)) if outlook.footprint.peak() > *budget => {
-            print(&outlook.advice(&recipe, &opened));
+            print(&outlook.advice(&recipe, &opened, computes_in));
             Err(miette!("{} do not fit in {whose}, {}", size(outlook.footprint.peak()), size(*budget)))
         }
         _ => Ok(()),
@@ -63,66 +69,68 @@ pub fn run(args: &args::Plan) -> Result<()> {
 }
 
 /// What the run is held against, and whose word that is.
-fn budget(gpu: Option<&str>, recipe: &Recipe) -> Result<Option<(u64, String)>> {
-    if let Some(name) = gpu {
-        let card = CARDS.iter().find(|(card, _)| card.eq_ignore_ascii_case(name));
-        let names = || CARDS.map(|(card, _)| card).join(", ");
-        let (card, gigabytes) =
-            card.ok_or_else(|| miette!("--gpu {name}: unknown; there are: {}", names()))?;
-        return Ok(Some((gigabytes * 1_000_000_000, format!("the memory of the {card}"))));
+fn budget(card: Option<Card>, recipe: &Recipe) -> Option<(u64, String)> {
+    if let Some(card) = card {
+        return Some((card.memory, format!("the memory of the {}", card.name)));
     }
     if let Some(budget) = recipe.train.memory_budget {
-        return Ok(Some((budget.as_u64(), "train.memory_budget".into())));
+        return Some((budget.as_u64(), "train.memory_budget".into()));
     }
-    Ok(available_memory_bytes().map(|free| (free, "the memory that is free here".into())))
+    available_memory_bytes().map(|free| (free, "the memory that is free here".into()))
 }
 
 /// A run, as far as it can be told from shapes and rows.
 struct Outlook {
-    shapes: Shapes,
+    memory: MemoryPlan,
     budget: Option<(u64, String)>,
     largest: Workload,
     kept: usize,
     footprint: Footprint,
     /// Largest micro-batch of this data that would fit, in records.
     most_records: Option<usize>,
+    /// The largest micro-batch of the smallest size.
+    smallest: Workload,
+    /// Micro-batches of the whole run.
+    micro_batches: f64,
     /// Of the whole run.
     total: Workload,
     steps: u64,
 }
 
 impl Outlook {
-    fn new(
-        recipe: &Recipe,
-        opened: &OpenedBase,
-        data: &PreparedDataset,
-        budget: Option<(u64, String)>,
-    ) -> Result<Self> {
-        let shapes = shapes(recipe, opened, recipe.base.quantize, recipe.base.weights)?;
-        let plan = Plan::new(&recipe.train, recipe.data.order, data.train.len());
-        let work = |records| Workload::from(&plan.largest_micro_batch(&data.train, records));
+    fn new(recipe: &Recipe, sized: &Settled, memory: MemoryPlan, budget: Option<(u64, String)>) -> Self {
+        let (data, shapes) = (&sized.data, memory.shapes());
+        let plan = Plan::new(&recipe.train, recipe.data.order, data.mixture.clone());
         let limit = budget.as_ref().map(|(budget, _)| *budget);
-        let largest = work(recipe.train.micro_batch_size);
+        let largest = Workload::from(&plan.largest_micro_batch(&data.train, sized.micro_batches));
         let kept = shapes.kept(recipe.train.recompute, largest, limit);
-        let fits = |records: &usize| {
-            limit.is_some_and(|limit| shapes.blocks_that_fit(work(*records), limit).is_ok())
-        };
-        let most_records = (1..=recipe.train.batch_size).rev().find(fits);
-        let rows = data.train.iter();
+        let of_size = |size| recipe.micro_batches(size, data.max_seq_len);
+        let most_records = limit.and_then(|limit| {
+            let memory = memory.clone().within(limit);
+            memory.largest_micro_batch(&plan, &data.train, recipe.train.batch_size, of_size)
+        });
+        let rows = plan.epoch_rows(0);
+        let rows = rows.into_iter().filter_map(|row| data.train.get(row));
         let (tokens, supervised) =
             rows.fold((0, 0), |sum, row| (sum.0 + row.tokens(), sum.1 + row.supervised()));
         let epochs = plan.epoch(plan.total_steps);
+        // Steps differ little: a hundred tell how many micro-batches they have.
+        let looked_at = plan.total_steps.min(100);
+        let batches = |step| plan.micro_batches(step, &data.train, sized.micro_batches).len();
+        let found: usize = (0..looked_at).map(batches).sum();
         let over = |n: usize| (n as f64 * epochs) as usize;
-        Ok(Self {
+        Self {
             footprint: shapes.footprint(largest, kept),
-            total: Workload { tokens: over(tokens), supervised: over(supervised) },
+            total: Workload { tokens: over(tokens), supervised: over(supervised), pairs: 0 },
             steps: plan.total_steps,
-            shapes,
+            micro_batches: found as f64 * plan.total_steps as f64 / looked_at.max(1) as f64,
+            smallest: (&plan.largest_micro_batch(&data.train, of_size(1))).into(),
+            memory,
             budget,
             largest,
             kept,
             most_records,
-        })
+        }
     }
 
     fn table(&self, recipe: &Recipe) -> String {
@@ -135,6 +143,7 @@ impl Outlook {
             kept_graphs,
             block_graph,
             logits,
+            dense,
             program,
         } = self.footprint;
         let rows = [
@@ -147,11 +156,12 @@ impl Outlook {
             ("or: logits", logits),
             ("the program", program),
         ];
+        let on_card = (dense > 0).then_some(("one dense matrix", dense));
         let mut text = format!(
             "the largest micro-batch: {} tokens, {} learned; {} blocks keep their graphs\n\n",
             self.largest.tokens, self.largest.supervised, self.kept
         );
-        for (what, bytes) in rows {
+        for (what, bytes) in rows.into_iter().chain(on_card) {
             let _ = writeln!(text, "{what:<38}{:>12}", size(bytes));
         }
         let _ = writeln!(text, "{:<38}{:>12}", "peak", size(self.footprint.peak()));
@@ -167,14 +177,32 @@ impl Outlook {
         text
     }
 
-    /// Speed as this machine multiplies now, and what it makes of the recipe's steps.
-    fn time(&self, recipe: &Recipe, price: Option<f64>) -> String {
+    /// Seconds of the run, as fast as this machine multiplies now.
+    fn seconds_here(&self, recipe: &Recipe) -> f64 {
         let precision = recipe.base.load_config().precision;
-        let speed = operations_per_second(precision) * SHARE_OF_PRODUCTS;
-        let seconds = self.shapes.operations(self.total, self.kept) / speed;
+        let device = open_device("cpu").or_else(|_| open_device("tch:cpu")).ok();
+        let speed = device.and_then(|device| operations_per_second(&device, precision, TOKENS, 2));
+        self.operations() / (speed.unwrap_or(f64::NAN) * SHARE_OF_PRODUCTS)
+    }
+
+    /// Seconds of the run on a card: of its operations, or of reading the weights, forwards, again and
+    /// backwards, in every micro-batch.
+    fn seconds_on(&self, card: Card) -> f64 {
+        let layers = self.memory.shapes().layers();
+        let passes = 2.0 + layers.saturating_sub(self.kept) as f64 / layers.max(1) as f64;
+        let bytes = self.micro_batches * passes * self.footprint.weights as f64;
+        card.seconds(self.operations(), bytes)
+    }
+
+    fn operations(&self) -> f64 {
+        self.memory.shapes().operations(self.total, self.kept)
+    }
+
+    /// What the run takes if it takes so many seconds.
+    fn cost(&self, whose: &str, seconds: f64, price: Option<f64>) -> String {
+        let speed = format!("tokens a second, {whose}");
         let mut text = format!(
-            "\n{:<38}{:>12.0}\n{:<38}{:>12}\n{:<38}{:>12.2}\n",
-            "tokens a second, expected here",
+            "\n{speed:<38}{:>12.0}\n{:<38}{:>12}\n{:<38}{:>12.2}\n",
             self.total.tokens as f64 / seconds,
             "steps",
             self.steps,
@@ -188,53 +216,34 @@ impl Outlook {
     }
 
     /// Changes that make it smaller, with what each would come to.
-    fn advice(&self, recipe: &Recipe, opened: &OpenedBase) -> String {
-        let mut text = String::from("\nwhat to change:\n");
-        let here = (recipe.base.quantize, recipe.base.weights);
+    fn advice(&self, recipe: &Recipe, opened: &OpenedBase, memory: Memory) -> String {
+        let (quantize, weights) = (recipe.base.quantize, recipe.base.weights);
+        let inputs = recipe.train.saved_inputs;
+        let (nf4, streamed) = (Quantize::Nf4, Residency::Streamed);
         let changes = [
-            ("base.quantize = \"nf4\"", (Quantize::Nf4, here.1)),
-            ("base.weights = \"streamed\"", (here.0, Residency::Streamed)),
-            ("both", (Quantize::Nf4, Residency::Streamed)),
+            ("base.quantize = \"nf4\"", nf4, weights, inputs, self.largest),
+            ("base.weights = \"streamed\"", quantize, streamed, inputs, self.largest),
+            ("both", nf4, streamed, inputs, self.largest),
+            ("train.recompute = \"blocks\"", quantize, weights, inputs, self.largest),
+            ("train.saved_inputs = \"bf16\"", quantize, weights, SavedInputs::Bf16, self.largest),
+            ("train.saved_inputs = \"host\"", quantize, weights, SavedInputs::Host, self.largest),
+            ("train.micro_batch_size = 1", quantize, weights, inputs, self.smallest),
         ];
-        for (name, (quantize, weights)) in changes {
-            let Ok(shapes) = shapes(recipe, opened, quantize, weights) else { continue };
-            let peak = shapes.footprint(self.largest, 0).peak();
+        let mut text = String::from("\nwhat to change:\n");
+        for (name, quantize, weights, inputs, work) in changes {
+            let Ok(shapes) = shapes(recipe, opened, (quantize, weights), memory) else { continue };
+            let peak = shapes.saving(inputs).footprint(work, 0).peak();
             if peak < self.footprint.peak() {
                 let _ = writeln!(text, "{name:<38}{:>12}", size(peak));
             }
         }
-        if recipe.train.recompute == Recompute::None {
-            let peak = self.shapes.footprint(self.largest, 0).peak();
-            let _ = writeln!(text, "{:<38}{:>12}", "train.recompute = \"blocks\"", size(peak));
+        let limit = self.budget.as_ref().map(|(budget, _)| self.memory.clone().within(*budget));
+        let longest = limit.and_then(|m| m.longest_row(opened.base.config.max_position_embeddings));
+        if let Some(longest) = longest {
+            let _ = writeln!(text, "{:<38}{longest:>12}", "longest row that would fit, in tokens");
         }
-        let _ = writeln!(text, "or a smaller train.micro_batch_size or data.max_seq_len");
         text
     }
-}
-
-fn shapes(recipe: &Recipe, opened: &OpenedBase, quantize: Quantize, weights: Residency) -> Result<Shapes> {
-    let format = quantize.scheme().map(Scheme::format);
-    let config = LoadConfig { weights, ..recipe.base.load_config() };
-    let bytes = WeightBytes::of(&opened.base, config, format).into_diagnostic()?;
-    Shapes::new(&opened.base.config, bytes, &recipe.lora.config).into_diagnostic()
-}
-
-/// How fast this machine multiplies 512 tokens with a matrix of a 7B's size, right now.
-fn operations_per_second(precision: Precision) -> f64 {
-    const SIDE: usize = 4096;
-    const TOKENS: usize = 512;
-    let zeros = Bytes::from(vec![0; Format::Bf16.bytes_for(SIDE, SIDE)]);
-    let Ok(matrix) = FrozenMatrix::dense(Format::Bf16, [SIDE, SIDE], zeros) else { return f64::NAN };
-    let x = vec![0.0; TOKENS * SIDE];
-    let once = || {
-        let started = Instant::now();
-        let y = matrix.forward(&x, precision);
-        let dx = matrix.backward(&y, precision);
-        let operations = 2.0 * (2 * TOKENS * SIDE * SIDE) as f64;
-        operations * f64::from(u8::from(!dx.is_empty())) / started.elapsed().as_secs_f64()
-    };
-    let _warm = once();
-    once().max(once())
 }
 
 fn size(bytes: u64) -> String {

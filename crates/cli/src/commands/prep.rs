@@ -2,7 +2,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use miette::{IntoDiagnostic, Result, miette};
-use pronk_data::{PrepareConfig, PrepareReport, PreparedDataset, prepare};
+use pronk_data::{Columns, PrepareConfig, PrepareReport, RowConfig, SpooledRows, prepare};
 
 use crate::args::Prep;
 use crate::terminal::print;
@@ -14,21 +14,28 @@ use crate::{
 /// `pronk prep`
 pub fn run(args: Prep) -> Result<()> {
     check_destination(&args.out)?;
+    let columns = columns(&args.column)?;
     let opened = base::open(&args.base, Path::new("."))?;
     let config = PrepareConfig {
-        files: args.data,
+        files: args.data.into_iter().map(Into::into).collect(),
+        format: args.format,
+        columns,
         template: args.template,
-        max_seq_len: args.max_seq_len,
-        train_on_inputs: args.train_on_inputs,
+        row: RowConfig {
+            max_seq_len: args.max_seq_len,
+            train_on_inputs: args.train_on_inputs,
+            learn: args.learn,
+        },
         val_size: args.val_size,
         skip_bad: args.skip_bad,
     };
-    let prepared = with_bar(&config, &opened)?;
-    opened.must_embed(prepared.train.max_token_id().max(prepared.validation.max_token_id()))?;
     // A link stays a link: the file it leads to is replaced.
     let out = std::fs::canonicalize(&args.out).unwrap_or_else(|_| args.out.clone());
+    let prepared = with_bar(&config, &opened, folder_of(&out))?;
+    opened.must_embed(prepared.report.max_token_id)?;
+    let summary = summary(&prepared.report);
     prepared.write(&out).into_diagnostic()?;
-    print(&summary(&prepared.report));
+    print(&summary);
     print(&format!("wrote {}\n", args.out.display()));
     Ok(())
 }
@@ -41,6 +48,9 @@ fn check_destination(out: &Path) -> Result<()> {
         return Err(miette!("--out {}: expected the name of a file, found {found}", out.display()));
     }
     match std::path::absolute(out).into_diagnostic()?.parent() {
+        Some(folder) if folder.exists() && !folder.is_dir() => {
+            Err(miette!("--out {}: {} is no folder", out.display(), folder.display()))
+        }
         Some(folder) if !folder.exists() => {
             Err(miette!("--out {}: there is no folder {}; make it first", out.display(), folder.display()))
         }
@@ -48,12 +58,28 @@ fn check_destination(out: &Path) -> Result<()> {
     }
 }
 
-/// Prepares with a bar on the terminal.
-pub fn with_bar(config: &PrepareConfig, opened: &OpenedBase) -> Result<PreparedDataset> {
-    let bar = progress::bar("preparing the data", 0);
-    let prepared = prepare(config, &opened.tokenizer, &mut |done, total| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
+/// `--column instruction=question`, several times.
+fn columns(named: &[String]) -> Result<Columns> {
+    let mut table = toml::Table::new();
+    for one in named {
+        let (field, name) = one
+            .split_once('=')
+            .ok_or_else(|| miette!("--column {one}: expected FIELD=NAME, such as instruction=question"))?;
+        table.insert(field.to_owned(), name.into());
+    }
+    table.try_into().map_err(|e: toml::de::Error| miette!("--column: {}", e.message()))
+}
+
+fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Prepares with a bar on the terminal; the rows lie in `scratch` meanwhile.
+pub fn with_bar(config: &PrepareConfig, opened: &OpenedBase, scratch: &Path) -> Result<SpooledRows> {
+    let bar = progress::bar("preparing megabytes", 0);
+    let prepared = prepare(config, &opened.tokenizer, scratch, &mut |done, total| {
+        bar.set_length(total / 1_000_000);
+        bar.set_position(done / 1_000_000);
     });
     bar.finish_and_clear();
     let mut prepared = prepared.into_diagnostic()?;
@@ -63,7 +89,7 @@ pub fn with_bar(config: &PrepareConfig, opened: &OpenedBase) -> Result<PreparedD
 
 /// The table that sums a prepared data set up.
 pub fn summary(report: &PrepareReport) -> String {
-    let mut table = String::new();
+    let mut table: String = report.files.iter().map(|file| format!("{file}\n")).collect();
     let mut row = |name: &str, value: String| {
         let _ = writeln!(table, "{name:<24}{value:>12}");
     };

@@ -15,7 +15,7 @@ pub fn run(args: &Synth) -> Result<ExitCode> {
     // Half a base does not stay on the disk.
     let stop = stop_on_signal("removing what was written")?;
     let bar = progress::bar("writing megabytes", 0);
-    let written = synthesize(&shape.config, &args.out, args.seed, |done, total| {
+    let written = synthesize(&shape.config, &args.out, args.seed, args.quantize, |done, total| {
         bar.set_length(total / 1_000_000);
         bar.set_position(done / 1_000_000);
         if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -64,7 +64,7 @@ mod tests {
         let out = dir.path().join("base");
         let mut config = Shape::named("smollm2-135m").unwrap().config.clone();
         (config.vocab_size, config.num_hidden_layers) = (259, 1);
-        synthesize(&config, &out, 0, |_, _| ControlFlow::Continue(())).unwrap();
+        synthesize(&config, &out, 0, None, |_, _| ControlFlow::Continue(())).unwrap();
         let opened = base::open(out.to_str().unwrap(), Path::new(".")).unwrap();
         let tokenizer = &opened.tokenizer;
         assert_eq!((tokenizer.bos(), tokenizer.eos_ids()), (Some(1), [2].as_slice()));

@@ -1,0 +1,194 @@
+//! A recipe's run with all it needs in place, ready to train.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use pronk_data::{
+    Conversation, MicroBatches, PrepareConfig, PreparedDataset, PromptTemplate, TextTokenizer, key,
+    tokenize_prompt,
+};
+use pronk_kernels::open_device;
+use pronk_lora::Adapter;
+use pronk_model::{Decoder, Memory, WeightBytes};
+use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, Trainer};
+
+use crate::base::OpenedBase;
+use crate::commands::prep;
+use crate::recipe::Recipe;
+use crate::sizes::{self, Settled, settle};
+use crate::terminal::{print, stop_on_signal};
+
+const SAMPLE_TOKENS: usize = 96;
+/// The run's prepared rows, in its folder.
+pub const PREPARED: &str = "prepared.safetensors";
+
+/// What a trainer borrows.
+pub struct LoadedRun {
+    /// With all sizes filled in.
+    pub recipe: Recipe,
+    pub opened: OpenedBase,
+    pub template: PromptTemplate,
+    pub data: PreparedDataset,
+    pub micro_batches: MicroBatches,
+    pub decoder: Decoder,
+    /// Set when the user wants the run to end.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl LoadedRun {
+    /// Prepares the rows, or finds them in `folder`, where the recipe is written with the sizes
+    /// that it left out; then loads the base. Nothing where the user stopped it meanwhile.
+    pub fn load(
+        mut recipe: Recipe,
+        opened: OpenedBase,
+        device: &str,
+        folder: &RunFolder,
+        resumes: bool,
+    ) -> Result<Option<Self>> {
+        let computes_in = Memory::of(&open_device(device).into_diagnostic()?);
+        let memory = sizes::memory(&recipe, &opened, computes_in)?;
+        let template = PromptTemplate::load(&recipe.data.template, &opened.tokenizer).into_diagnostic()?;
+        let mut made = false;
+        let Settled { data, micro_batches, found } =
+            settle(&mut recipe, &opened, &template, &memory, |config| {
+                let (data, is_new) = prepared(config, &opened, &template, folder, resumes)?;
+                made = is_new;
+                Ok(data)
+            })?;
+        if made {
+            data.write(&folder.root().join(PREPARED)).into_diagnostic()?;
+            print(&prep::summary(&data.report));
+        }
+        print(&found);
+        if !resumes {
+            RunFolder::write(&folder.recipe(), recipe.to_toml()?.as_bytes()).into_diagnostic()?;
+        }
+        opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
+        let stop = stop_on_signal("finishing this step, then saving")?;
+        let opened = match recipe.base.quantize.scheme() {
+            None => opened,
+            Some(scheme) => match opened.quantized(scheme, &stop)? {
+                Some(opened) => opened,
+                None => return Ok(None),
+            },
+        };
+        let decoder = opened.load(device, recipe.base.load_config())?;
+        Ok(Some(Self { recipe, opened, template, data, micro_batches, decoder, stop }))
+    }
+
+    /// The run, before its first step.
+    pub fn trainer(&self, folder: RunFolder) -> Result<Trainer<'_>> {
+        let Self { recipe, opened, template, data, micro_batches, decoder, .. } = self;
+        let card = ModelCard {
+            base: opened.name.clone(),
+            data: recipe.data.file_names(),
+            template,
+            data_key: data.key.clone(),
+        };
+        let computes_in = Memory::of(decoder.device());
+        let weights = WeightBytes::of(&opened.base, recipe.base.load_config(), None, computes_in);
+        Trainer::new(
+            decoder,
+            weights.into_diagnostic()?,
+            &opened.tokenizer,
+            data,
+            recipe.data.order,
+            *micro_batches,
+            recipe.train.clone(),
+            initial_adapter(recipe, opened, decoder)?,
+            folder,
+            card,
+            Samples::new(sample_prompts(recipe, data, &opened.tokenizer, template)?, SAMPLE_TOKENS),
+        )
+        .into_diagnostic()
+    }
+}
+
+/// The run's prepared rows: read where they are there and fresh, else made. A run that goes on
+/// must find those that it began with. Whether they were made comes with them.
+fn prepared(
+    config: &PrepareConfig,
+    opened: &OpenedBase,
+    template: &PromptTemplate,
+    folder: &RunFolder,
+    resumes: bool,
+) -> Result<(PreparedDataset, bool)> {
+    let path = folder.root().join(PREPARED);
+    let wanted = key(config, template, &opened.tokenizer).into_diagnostic()?;
+    if let Ok(found) = PreparedDataset::read(&path) {
+        if found.key == wanted {
+            return Ok((found, false));
+        }
+        if resumes {
+            return Err(miette!(
+                "{}: the data, the template, the tokenizer or their limits have changed since this run began; \
+                 put them back, or start a new run in another run.dir",
+                folder.root().display()
+            ));
+        }
+    }
+    let rows = prep::with_bar(config, opened, folder.root())?;
+    Ok((rows.load().into_diagnostic()?, true))
+}
+
+fn initial_adapter(recipe: &Recipe, opened: &OpenedBase, decoder: &Decoder) -> Result<Adapter> {
+    let modules = opened.base.config.adapter_modules();
+    let Some(dir) = &recipe.lora.init_adapter else {
+        return Adapter::init(&recipe.lora.config, &modules, recipe.train.seed, decoder.device())
+            .into_diagnostic();
+    };
+    let mut adapter = opened.load_adapter(dir, decoder).wrap_err("lora.init_adapter")?;
+    let (found, wanted) = (&adapter.config, &recipe.lora.config);
+    if found.rank != wanted.rank || (found.scale() - wanted.scale()).abs() > 1e-9 * wanted.scale() {
+        return Err(miette!(
+            "lora.init_adapter: {} has rank {} and scale {}, the recipe asks for rank {} and scale {}",
+            dir.display(),
+            found.rank,
+            found.scale(),
+            wanted.rank,
+            wanted.scale()
+        ));
+    }
+    // What is adapted is the adapter's; how it is trained on is the recipe's.
+    adapter.config.dropout = wanted.dropout;
+    Ok(adapter)
+}
+
+/// Prompts of held-out rows; where none can be told from its row, a few fixed ones.
+fn sample_prompts(
+    recipe: &Recipe,
+    data: &PreparedDataset,
+    tokenizer: &TextTokenizer,
+    template: &PromptTemplate,
+) -> Result<Vec<SamplePrompt>> {
+    if !recipe.data.train_on_inputs && !data.validation.is_empty() {
+        let prompt_of = |row: pronk_data::ExampleView| {
+            let prompt = row.loss_mask.iter().take_while(|learned| !**learned).count();
+            let token_ids = row.token_ids.get(..prompt).unwrap_or_default().to_vec();
+            Ok(SamplePrompt { text: tokenizer.decode(&token_ids)?, token_ids })
+        };
+        return data
+            .validation
+            .iter()
+            .take(recipe.run.samples)
+            .map(prompt_of)
+            .collect::<Result<_, _>>()
+            .map_err(|e: pronk_data::DataError| miette!("{e}"));
+    }
+    let instructions = [
+        "Name three things that make a good morning.",
+        "Explain why the sky is blue.",
+        "Write a short note that thanks a neighbour for help.",
+    ];
+    let prompt = |instruction: &str| {
+        let token_ids = tokenize_prompt(tokenizer, &Conversation::question(instruction, ""), template)?;
+        Ok(SamplePrompt { text: tokenizer.decode(&token_ids)?, token_ids })
+    };
+    let prompts = instructions
+        .into_iter()
+        .take(recipe.run.samples)
+        .map(prompt)
+        .collect::<Result<_, pronk_data::DataError>>();
+    prompts.into_diagnostic()
+}
