@@ -86,6 +86,53 @@ fn wrong_field_types() {
 }
 
 #[test]
+fn conversations_that_cannot_be_learned() {
+    let user = r#"{"role": "user", "content": "a"}"#;
+    let data = format!(r#"[{{"messages": [{user}, {user}]}}, {{"messages": 3}}, {{"messages": [{user}]}}]"#);
+    let words = [
+        "3 of 3 records cannot be used",
+        "record 1: message 2 of `messages` is the user's, as the one before it; expected the assistant's",
+        "record 2: `messages` is a number, expected a list of messages",
+        "record 3: `messages` has no answered question",
+        "data.format",
+    ];
+    data_refused("d.json", data.as_bytes(), &words);
+    let words =
+        ["`instruction` is missing; `output` is missing; there are: question, answer", "data.columns"];
+    data_refused("q.jsonl", b"{\"question\": \"a\", \"answer\": \"b\"}\n", &words);
+    let words = ["the columns are question, answer", "expected instruction and output", "--column"];
+    data_refused("q.csv", b"question,answer\na,b\n", &words);
+    data_refused("d.csv", b"instruction,output\na,b\nc\n", &["record 2 (line 3): 1 fields, expected 2"]);
+    data_refused("d.gz", b"\x1f\x8b\x08\x00 not gzip", &["cannot read the data file"]);
+    data_refused("d.zst", b"\x28\xb5\x2f\xfd\x00", &["cannot read the data file"]);
+}
+
+#[test]
+fn knobs_of_the_data_that_are_none() {
+    let shop = Workshop::new();
+    let cases = [
+        ("data.format=sharegtp", "data.format: expected one of `auto`, `alpaca`, `sharegpt`"),
+        ("data.learn=first", "data.learn: expected `all` or `last`, found \"first\""),
+        ("data.columns.question=x", "data.columns: expected one of `instruction`, `input`"),
+        (
+            "data.files=[3]",
+            "data.files: expected paths, or tables such as { path = \"a.json\", weight = 2.0 }",
+        ),
+        ("data.files=[{path='data.json', weight=-1}]", "weight = -1: expected a number from 0 to 1000"),
+        (
+            "data.files=[{path='data.json', weight=0}]",
+            "expected weights that leave an epoch at least one row",
+        ),
+    ];
+    for (set, words) in cases {
+        all_refuse(&shop, &[train_args("run", "cpu", &[set])], &[words]);
+    }
+    let mut prep = prep_args("data.json", &golden("tiny-gqa"), "out");
+    prep.extend(["--column", "question"].map(str::to_owned));
+    all_refuse(&shop, &[prep], &["--column question: expected FIELD=NAME, such as instruction=question"]);
+}
+
+#[test]
 fn invalid_utf8() {
     let data =
         b"{\"instruction\": \"a\", \"output\": \"b\"}\n{\"instruction\": \"\xe9t\xe9\", \"output\": \"b\"}\n";
@@ -228,8 +275,8 @@ fn bases_that_are_none() {
     let shop = Workshop::new();
     let config = shop.copy_base("tiny-gqa", "base").join("config.json");
     let text = fs::read_to_string(&config).unwrap();
-    fs::write(&config, text.replace("\"silu\"", "\"gelu\"").replace("\"llama\"", "\"qwen2\"")).unwrap();
-    base_refused(&shop, "base", &["config.json", "hidden_act", "gelu", "model_type", "qwen2"]);
+    fs::write(&config, text.replace("\"silu\"", "\"gelu\"").replace("\"llama\"", "\"mamba\"")).unwrap();
+    base_refused(&shop, "base", &["config.json", "hidden_act", "gelu", "model_type", "mamba"]);
     fs::write(&config, text.replace("\"vocab_size\": 264", "\"vocab_size\": 300")).unwrap();
     base_refused(
         &shop,

@@ -27,7 +27,28 @@ fn the_parts_add_up_and_time_has_a_price() {
 
 #[test]
 fn a_card_has_its_own_memory() {
-    let run = Workshop::new().pronk(["plan", "recipe.toml", "--gpu", "RTX4090"]).succeeds();
+    let plan = ["plan", "recipe.toml", "--gpu", "RTX4090", "--price", "0.5"];
+    let run = Workshop::new().pronk(plan).succeeds();
     assert!((number(&run.out, "the memory of the rtx4090") - 24.0).abs() < 1e-9, "{}", run.out);
-    assert!(!run.out.contains("hours"), "time is told for this machine alone: {}", run.out);
+    assert!(number(&run.out, "tokens a second, estimated") > 1e5, "{}", run.out);
+    assert!(run.out.contains("dollars") && run.out.contains("40 % of the 165.2 TFLOP/s"), "{}", run.out);
+}
+
+#[test]
+fn sizes_left_out_follow_the_memory() {
+    let shop = Workshop::new();
+    let text =
+        shop.read("recipe.toml").replace("max_seq_len = 96\n", "").replace("micro_batch_size = 2\n", "");
+    shop.write("recipe.toml", text);
+    let plan = |budget: &str| {
+        let set = format!("train.memory_budget={budget}");
+        shop.pronk(["plan", "recipe.toml", "--set", &set, "--set", "train.recompute=none"])
+    };
+    let roomy = plan("8GB").succeeds();
+    assert!(roomy.out.contains("train.micro_batch_size = 4: the whole batch"), "{}", roomy.out);
+    assert!(roomy.out.contains(": the longest record"), "{}", roomy.out);
+    let none = plan("1MB").fails(&["do not fit in train.memory_budget"]);
+    for line in ["train.recompute = \"blocks\"", "train.saved_inputs = \"bf16\""] {
+        assert!(none.out.contains(line), "{line}: {}", none.out);
+    }
 }

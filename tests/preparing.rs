@@ -46,7 +46,7 @@ fn arrays_and_lines_give_the_same_rows() {
     shop.write("data.jsonl", "\u{feff}".to_owned() + &lines);
     let array = prep(&shop, &["data.json"], "a", &[]).succeeds();
     let lines = prep(&shop, &["data.jsonl"], "b", &[]).succeeds();
-    assert_eq!(array.out.replace("wrote a", ""), lines.out.replace("wrote b", ""));
+    assert_eq!(array.out.replace("wrote a", ""), lines.out.replace("wrote b", "").replace("jsonl", "json"));
     for k in ["0", "5", "11"] {
         assert_eq!(row(&shop, "a", k), row(&shop, "b", k));
     }
@@ -127,6 +127,95 @@ fn a_row_shows_its_exact_tokens() {
         assert!(lines[1].contains("<s>") && lines[1].ends_with("BOS"), "{}", lines[1]);
         assert!(lines[length].contains("</s>") && lines[length].ends_with("EOS"), "{}", lines[length]);
     }
+}
+
+/// Every format and every packing gives the rows that Alpaca's own gives.
+#[test]
+fn formats_are_found_and_said() {
+    use serde_json::json;
+    let shop = Workshop::new();
+    prep(&shop, &["data.json"], "plain", &[]).succeeds();
+    let rows = records();
+    let of = |record: &dyn Fn(&str, &str) -> serde_json::Value| {
+        rows.iter().map(|(i, o)| record(i, o).to_string() + "\n").collect::<String>()
+    };
+    let table: String = rows.iter().map(|(i, o)| format!("\"{i}\",\"{o}\"\n")).collect();
+    let message = |author: &str, by: &str, what: &str, text: &str| json!({by: author, what: text});
+    let files = [
+        ("d.csv", format!("instruction,output\n{table}"), "Alpaca"),
+        (
+            "messages.jsonl",
+            of(
+                &|i, o| json!({"messages": [message("user", "role", "content", i), message("assistant", "role", "content", o)]}),
+            ),
+            "messages",
+        ),
+        (
+            "sharegpt.jsonl",
+            of(
+                &|i, o| json!({"conversations": [message("human", "from", "value", i), message("gpt", "from", "value", o)]}),
+            ),
+            "ShareGPT",
+        ),
+    ];
+    for (name, content, format) in files {
+        shop.write(name, content);
+        let run = prep(&shop, &[name], "out", &[]).succeeds();
+        assert!(run.out.starts_with(&format!("{name}: {format}, 12 records\n")), "{}", run.out);
+        for k in ["0", "11"] {
+            assert_eq!(row(&shop, "out", k), row(&shop, "plain", k), "{name}");
+        }
+    }
+    // Fields of other names; and text that no template is put around.
+    shop.write("q.jsonl", of(&|i, o| json!({"question": i, "answer": o})));
+    let named = ["--column", "instruction=question", "--column", "output=answer"];
+    prep(&shop, &["q.jsonl"], "out", &named).succeeds();
+    assert_eq!(row(&shop, "out", "0"), row(&shop, "plain", "0"));
+    shop.write("p.jsonl", of(&|i, o| json!({"prompt": prompt(i), "completion": o})));
+    prep(&shop, &["data.json"], "short", &["--template", "alpaca-short"]).succeeds();
+    prep(&shop, &["p.jsonl"], "out", &[]).succeeds();
+    assert_eq!(row(&shop, "out", "3"), row(&shop, "short", "3"));
+    shop.write("t.jsonl", of(&|i, o| json!({"text": format!("{i} {o}")})));
+    prep(&shop, &["t.jsonl"], "out", &[]).succeeds();
+    let (roles, ids) = row(&shop, "out", "0");
+    assert_eq!(ids.len(), rows[0].0.len() + rows[0].1.len() + 3);
+    assert!(
+        roles[0] == "prompt" && roles[1..].iter().all(|role| role == "response"),
+        "all but <s> is learned"
+    );
+}
+
+const CHATML: &str = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}\
+                      {% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}";
+
+#[test]
+fn conversations_by_the_bases_own_template() {
+    let shop = Workshop::new();
+    let talk = r#"{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#;
+    shop.write("talk.json", format!("[{talk}]"));
+    let base = shop.copy_base("tiny-gqa", "base");
+    let run = |more: &[&str]| {
+        let fixed = ["prep", "--data", "talk.json", "--base", "base", "--template", "chat", "--out", "out"];
+        shop.pronk(fixed.iter().chain(more))
+    };
+    run(&[]).fails(&["template chat: the base has no chat template", "chat_template.jinja"]);
+    fs::write(base.join("chat_template.jinja"), CHATML).unwrap();
+    let learned = |more: &[&str]| {
+        run(more).succeeds();
+        let (roles, ids) = row(&shop, "out", "0");
+        let learned = roles.iter().zip(&ids).filter(|(role, _)| *role == "response").map(|(_, id)| *id);
+        (ids.clone(), learned.collect::<Vec<_>>())
+    };
+    let text = "[system]S</s>[user]a</s>[assistant]b</s>[user]c</s>[assistant]d";
+    shop.write("text.json", serde_json::json!([{"text": text}, {"text": "bd"}]).to_string());
+    prep(&shop, &["text.json"], "text", &[]).succeeds();
+    let (expected, answers) = (row(&shop, "text", "0").1[1..].to_vec(), row(&shop, "text", "1").1);
+    let (b, d) = (answers[1], answers[2]);
+    assert_eq!(learned(&[]), (expected.clone(), vec![b, 2, d, 2]), "<s> is the template's to write");
+    assert_eq!(learned(&["--learn", "last"]), (expected, vec![d, 2]));
+    let refused = run(&["--learn", "some"]).fails(&["--learn", "expected `all` or `last`"]);
+    assert!(!refused.err.contains("panicked"));
 }
 
 #[test]

@@ -112,6 +112,7 @@ fn loss_is_the_mean_over_supervised_tokens_and_tokens_are_real() {
             "data.val_size=0",
             "train.batch_size=2",
             "train.micro_batch_size=1",
+            "data.packing=false",
             "train.max_steps=2",
         ];
         shop.train("run", device, &set).succeeds();
@@ -193,6 +194,167 @@ fn micro_batches_change_memory_and_nothing_else() {
         let tokens = |run| shop.metrics(run).iter().map(|l| l["tokens"].clone()).collect::<Vec<_>>();
         assert_eq!(tokens("one"), tokens("four"), "nothing is padded");
     }
+}
+
+/// Packed, grouped by length, or one by one: the same losses.
+#[test]
+fn packing_changes_memory_and_nothing_else() {
+    for device in devices() {
+        let shop = Workshop::new();
+        let ways: [(&str, &[&str]); 3] = [
+            ("packed", &["data.packing=true", "train.micro_batch_size=2"]),
+            ("grouped", &["data.packing=false", "train.micro_batch_size=2"]),
+            ("alone", &["data.packing=false", "train.micro_batch_size=1"]),
+        ];
+        for (run, set) in ways {
+            let set = [set, &["base.compute=f32"]].concat();
+            shop.train(run, device, &set).succeeds();
+            for (loss, alone) in shop.losses(run).iter().zip(shop.losses("packed")) {
+                assert!((loss - alone).abs() < 1e-5 * alone, "{run}: {loss} {alone}");
+            }
+        }
+        assert_eq!(shop.losses("grouped").len(), 8);
+    }
+}
+
+/// What is left out is found, said, and written down, so that whoever goes on does as before.
+#[test]
+fn sizes_left_out_are_found() {
+    let shop = Workshop::new();
+    let left_out =
+        shop.read("recipe.toml").replace("max_seq_len = 96\n", "").replace("micro_batch_size = 2\n", "");
+    shop.write("recipe.toml", left_out);
+    let run = shop.train("run", "cpu", &["base.compute=f32"]).succeeds();
+    assert!(run.out.contains("train.micro_batch_size = 4: the whole batch"), "{}", run.out);
+    let written: toml::Table = shop.read("run/recipe.toml").parse().unwrap();
+    let longest = written["data"]["max_seq_len"].as_integer().unwrap();
+    assert!((60..96).contains(&longest), "{longest}");
+    assert_eq!(written["train"]["micro_batch_size"].as_integer(), Some(4));
+    // The same as with the sizes set; and there is nothing left to find when it goes on.
+    let set =
+        [format!("data.max_seq_len={longest}"), "train.micro_batch_size=4".into(), "base.compute=f32".into()];
+    shop.train("set", "cpu", &set.iter().map(String::as_str).collect::<Vec<_>>()).succeeds();
+    assert_eq!(shop.bytes("run/prepared.safetensors"), shop.bytes("set/prepared.safetensors"));
+    assert_eq!(shop.adapter("run"), shop.adapter("set"));
+    fs::remove_dir_all(shop.path("run/checkpoints/step-000008")).unwrap();
+    let again = shop.resume("run", "cpu", &[]).succeeds();
+    assert!(!again.out.contains("micro_batch_size"), "{}", again.out);
+    assert_eq!(shop.timeless_metrics("run"), shop.timeless_metrics("set"));
+}
+
+#[test]
+fn saved_inputs_in_bf16_train_alike_and_on_the_host_the_same() {
+    for device in devices() {
+        let shop = Workshop::new();
+        let common = ["train.recompute=blocks", "base.compute=f32"];
+        for (run, inputs) in [("f32", "f32"), ("host", "host"), ("bf16", "bf16")] {
+            let inputs = format!("train.saved_inputs={inputs}");
+            shop.train(run, device, &[common[0], common[1], &inputs]).succeeds();
+        }
+        assert_eq!(shop.adapter("host"), shop.adapter("f32"));
+        assert_ne!(shop.adapter("bf16"), shop.adapter("f32"));
+        for (bf16, f32) in shop.losses("bf16").iter().zip(shop.losses("f32")) {
+            assert!((bf16 - f32).abs() < 1e-2 * f32, "{bf16} {f32}");
+        }
+    }
+}
+
+#[test]
+fn a_profile_shows_the_parts_of_every_step() {
+    for device in devices() {
+        let shop = Workshop::new();
+        let args = train_args("run", device, &["train.recompute=blocks"]);
+        shop.pronk(args.iter().map(String::as_str).chain(["--profile", "trace.json"])).succeeds();
+        let events: Vec<serde_json::Value> = serde_json::from_str(&shop.read("trace.json")).unwrap();
+        let count = |name: &str| events.iter().filter(|event| event["name"] == name).count();
+        assert_eq!(count("step"), 8);
+        assert!(count("micro_batch") >= 8 && count("data") == 8 && count("optimizer") == 8);
+        // Two blocks; once more in the rehearsal of the longest micro-batch.
+        for name in ["forward", "recompute", "backward"] {
+            assert_eq!(count(name), 2 * (count("micro_batch") + 1), "{name}");
+        }
+        assert!(count("save") >= 4 && count("eval") == 3 && count("product") > 100 && count("attention") > 8);
+    }
+    let shop = Workshop::new();
+    let args = train_args("run", "cpu", &[]);
+    let run = shop.pronk(args.iter().map(String::as_str).chain(["--profile", "no/where.json"]));
+    run.fails(&["--profile no/where.json"]);
+    assert!(!shop.path("run").exists());
+}
+
+#[test]
+fn a_benchmark_measures_steps_and_leaves_nothing() {
+    let shop = Workshop::new();
+    let before = shop.snapshot();
+    for device in devices() {
+        let bench = ["bench", "recipe.toml", "--steps", "3", "--warmup", "1", "--device", device];
+        let table = shop.pronk(bench).succeeds().out;
+        for line in ["tokens a second", "forward", "optimizer", "utilization", "seconds to the first step"] {
+            assert!(table.contains(line), "{line}: {table}");
+        }
+        let json = shop.pronk(bench.into_iter().chain(["--json"])).succeeds().out;
+        let found: serde_json::Value = serde_json::from_str(json.lines().last().unwrap()).unwrap();
+        let number = |key: &str| found[key].as_f64().unwrap_or_else(|| panic!("{key}: {found}"));
+        assert_eq!((&found["steps"], &found["device"]), (&3.into(), &device.into()));
+        let parts = found["parts"].as_object().unwrap().values().map(|v| v.as_f64().unwrap());
+        assert!((parts.sum::<f64>() / number("seconds") - 1.0).abs() < 0.01, "{found}");
+        assert!(number("products_share") > 0.0 && number("products_share") < 1.0);
+        assert!(number("supervised_tokens_per_s") < number("tokens_per_s"));
+        let (model, peak) = (number("model_operations_per_s"), number("peak_operations_per_s"));
+        assert!(model > 0.0 && (number("utilization") / (model / peak) - 1.0).abs() < 1e-9);
+    }
+    assert_eq!(shop.snapshot(), before);
+    shop.pronk(["bench", "recipe.toml", "--steps", "0"]).fails(&["--steps: expected a whole number from 1"]);
+}
+
+/// Every optimizer learns, and goes on from its checkpoint as if nothing had happened.
+#[test]
+fn every_optimizer_learns_and_goes_on() {
+    for device in devices() {
+        let shop = Workshop::new();
+        for (optimizer, rate) in
+            [("adamw", "1e-2"), ("adamw8bit", "1e-2"), ("lion", "3e-3"), ("muon", "2e-2")]
+        {
+            let set = [
+                format!("train.optimizer={optimizer}"),
+                format!("train.learning_rate={rate}"),
+                "train.lora_plus_ratio=2".into(),
+                "train.neftune_noise_alpha=1".into(),
+                "train.weight_decay=0.01".into(),
+            ];
+            let set: Vec<&str> = set.iter().map(String::as_str).collect();
+            let stopped = format!("{optimizer}-stopped");
+            shop.train(optimizer, device, &set).succeeds();
+            shop.train(&stopped, device, &set).succeeds();
+            fs::remove_dir_all(shop.path(&format!("{stopped}/checkpoints/step-000008"))).unwrap();
+            fs::remove_dir_all(shop.path(&format!("{stopped}/adapter"))).unwrap();
+            shop.resume(&stopped, device, &[]).succeeds();
+            assert_eq!(shop.timeless_metrics(&stopped), shop.timeless_metrics(optimizer), "{optimizer}");
+            let newest = "checkpoints/step-000008/optimizer.safetensors";
+            assert!(
+                shop.bytes(&format!("{stopped}/{newest}")) == shop.bytes(&format!("{optimizer}/{newest}"))
+            );
+            let evals: Vec<f64> =
+                shop.metrics(optimizer).iter().filter_map(|line| line["eval_loss"].as_f64()).collect();
+            assert!(evals[2] < evals[0], "{optimizer}: {evals:?}");
+        }
+        let run = shop.resume("lion-stopped", device, &["train.optimizer=adamw", "train.max_steps=9"]);
+        run.fails(&["no whole checkpoint"]);
+    }
+}
+
+/// Noise is for what is learned from: the base's own loss sees none of it.
+#[test]
+fn neftune_noise_changes_training_and_not_evaluation() {
+    let shop = Workshop::new();
+    shop.train("still", "cpu", &[]).succeeds();
+    shop.train("noisy", "cpu", &["train.neftune_noise_alpha=5"]).succeeds();
+    shop.train("again", "cpu", &["train.neftune_noise_alpha=5", "train.recompute=blocks"]).succeeds();
+    assert_eq!(shop.metrics("still")[0], shop.metrics("noisy")[0], "the base, measured");
+    assert_ne!(shop.losses("still"), shop.losses("noisy"));
+    assert_eq!(shop.timeless_metrics("noisy"), shop.timeless_metrics("again"));
+    let refused = shop.train("no", "cpu", &["train.neftune_noise_alpha=-1", "train.lora_plus_ratio=0"]);
+    refused.fails(&["train.neftune_noise_alpha: expected a number from 0", "train.lora_plus_ratio"]);
 }
 
 #[test]
