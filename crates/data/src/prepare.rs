@@ -1,7 +1,6 @@
 //! All records to rows, on all cores and in bounded memory.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -305,6 +304,7 @@ impl Collecting {
             let message = "expected weights that leave an epoch at least one row".to_owned();
             return Err(DataError::Setting { name: "weight", value: "0".to_owned(), message });
         }
+        self.spool.flush()?;
         let Self { spool, report, .. } = self;
         let (template, max_seq_len) = (template.name().to_owned(), config.row.max_seq_len);
         Ok(SpooledRows { spool, held_out, key, mixture, report, template, max_seq_len })
@@ -350,12 +350,11 @@ impl SpooledRows {
         };
         let tokens = |ends: &[u64]| ends.last().copied().unwrap_or(0);
         let (learned, kept) = (tokens(&train), tokens(&validation));
-        let spool = RefCell::new(self.spool);
         let column = |held_out: bool, column, bytes| Tensor {
             bytes,
             write: Box::new({
-                let (spool, all) = (&spool, &self.held_out);
-                move |out| spool.borrow_mut().copy(column, &|row| all.contains(&row) == held_out, out)
+                let (spool, all) = (&self.spool, &self.held_out);
+                move |out| spool.copy(column, &|row| all.contains(&row) == held_out, out)
             }),
         };
         let tensors = [
@@ -370,10 +369,10 @@ impl SpooledRows {
     }
 
     /// The rows in memory.
-    pub fn load(mut self) -> Result<PreparedDataset, DataError> {
+    pub fn load(self) -> Result<PreparedDataset, DataError> {
         let [train, validation] = self.ends();
-        let mut rows = |held_out: bool, ends: Vec<u64>| {
-            let mut read = |column| -> io::Result<Vec<u8>> {
+        let rows = |held_out: bool, ends: Vec<u64>| {
+            let read = |column| -> io::Result<Vec<u8>> {
                 let mut bytes = Vec::new();
                 self.spool.copy(column, &|row| self.held_out.contains(&row) == held_out, &mut bytes)?;
                 Ok(bytes)
@@ -384,7 +383,9 @@ impl SpooledRows {
             let marks = marks.into_iter().map(|mark| mark == 1).collect();
             Ok(Rows::from_columns(ids, marks, ends.into_iter().map(|end| end as usize).collect()))
         };
-        let read = |failure: io::Error| DataError::io(Path::new("."), "read the prepared rows")(failure);
+        let read = |failure: io::Error| {
+            DataError::io(self.spool.dir(), "read the prepared rows in this folder")(failure)
+        };
         Ok(PreparedDataset {
             train: rows(false, train).map_err(read)?,
             validation: rows(true, validation).map_err(read)?,

@@ -49,24 +49,34 @@ impl Spool {
         Ok(())
     }
 
+    /// Writes what is still in memory: here, where a full disk is told as such, and not while reading.
+    pub(crate) fn flush(&mut self) -> Result<(), DataError> {
+        let flushed = self.token_ids.flush().and_then(|()| self.loss_mask.flush());
+        flushed.map_err(failed(&self.dir))
+    }
+
+    /// The folder that the rows lie in.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// How many tokens row `row` has.
     pub(crate) fn tokens(&self, row: usize) -> u64 {
         let start = row.checked_sub(1).and_then(|before| self.ends.get(before)).copied().unwrap_or(0);
         self.ends.get(row).map_or(0, |end| end - start)
     }
 
-    /// Writes one column of the rows that `wanted` names, in order, to `out`.
+    /// Writes one column of the rows that `wanted` names, in order, to `out`. They have been flushed.
     pub(crate) fn copy(
-        &mut self,
+        &self,
         column: Column,
         wanted: &dyn Fn(usize) -> bool,
         out: &mut dyn Write,
     ) -> io::Result<()> {
         let (file, width) = match column {
-            Column::TokenIds => (&mut self.token_ids, 4),
-            Column::LossMask => (&mut self.loss_mask, 1),
+            Column::TokenIds => (&self.token_ids, 4),
+            Column::LossMask => (&self.loss_mask, 1),
         };
-        file.flush()?;
         let mut file = file.get_ref();
         file.rewind()?;
         let mut reader = BufReader::with_capacity(1 << 18, &mut file);
