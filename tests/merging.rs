@@ -36,7 +36,7 @@ fn a_merged_model_answers_as_base_and_adapter_do() {
 }
 
 #[test]
-fn names_and_companions_are_the_bases() {
+fn names_and_companions_are_the_bases_and_the_template_the_adapters() {
     let shop = Workshop::new();
     let adapter = {
         shop.write("recipe.toml", support::recipe("tiny-head-dim"));
@@ -50,7 +50,9 @@ fn names_and_companions_are_the_bases() {
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
+    // And the template that the adapter was trained with, which is the merged model's from now on.
     let expected = [
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model-00001-of-00002.safetensors",
@@ -60,7 +62,7 @@ fn names_and_companions_are_the_bases() {
         "tokenizer_config.json",
     ];
     assert_eq!(names, expected);
-    for shard in &expected[2..4] {
+    for shard in &expected[3..5] {
         let ours = shop.bytes(&format!("deep/down/merged/{shard}"));
         let theirs = fs::read(golden(&format!("tiny-head-dim/{shard}"))).unwrap();
         let (ours, theirs) =
