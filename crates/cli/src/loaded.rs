@@ -139,16 +139,18 @@ fn initial_adapter(recipe: &Recipe, opened: &OpenedBase, decoder: &Decoder) -> R
             .into_diagnostic();
     };
     let mut adapter = opened.load_adapter(dir, decoder).wrap_err("lora.init_adapter")?;
-    let (found, wanted) = (&adapter.config, &recipe.lora.config);
-    if found.rank != wanted.rank || (found.scale() - wanted.scale()).abs() > 1e-9 * wanted.scale() {
-        return Err(miette!(
-            "lora.init_adapter: {} has rank {} and scale {}, the recipe asks for rank {} and scale {}",
-            dir.display(),
-            found.rank,
-            found.scale(),
-            wanted.rank,
-            wanted.scale()
-        ));
+    let wanted = &recipe.lora.config;
+    for (name, pair) in &adapter.pairs {
+        let (rank, scale) = (wanted.rank_of(name), wanted.scale_of(name));
+        if pair.rank() != rank || (pair.scale - scale).abs() > 1e-9 * scale {
+            return Err(miette!(
+                "lora.init_adapter: {} has rank {} and scale {} at {name}, the recipe asks for rank {rank} and scale \
+                 {scale}",
+                dir.display(),
+                pair.rank(),
+                pair.scale,
+            ));
+        }
     }
     // What is adapted is the adapter's; how it is trained on is the recipe's.
     adapter.config.dropout = wanted.dropout;

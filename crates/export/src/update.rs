@@ -23,8 +23,8 @@ impl<'a> Update<'a> {
         let adapter = adapter.onto_packed(&base.config.adapter_modules());
         let modules = base.config.linear_modules();
         let modules: BTreeMap<&str, &ModuleShape> = modules.iter().map(|m| (m.name.as_str(), m)).collect();
-        let rank = adapter.config.rank;
         let problem = |(name, pair): (&String, &LoraPair)| {
+            let rank = pair.rank();
             let Some(module) = modules.get(name.as_str()) else {
                 return Some(format!("{name}: the base's blocks have no such linear layer"));
             };
@@ -34,7 +34,7 @@ impl<'a> Update<'a> {
                 .then(|| format!("{name}: expected A and B of shapes {expected:?}, found {found:?}"))
         };
         let mut problems: Vec<String> = adapter.pairs.iter().filter_map(problem).collect();
-        if adapter.pairs.is_empty() || rank == 0 {
+        if adapter.pairs.values().all(|pair| pair.rank() == 0) {
             problems.push("it adapts no module at all".into());
         }
         if problems.is_empty() {
@@ -71,7 +71,7 @@ impl<'a> Update<'a> {
         if let Some(pair) = pair {
             let [rank, columns] = pair.a.dims();
             let (a, b) = (values(&pair.a)?, values(&pair.b)?);
-            add_product(&mut weight, &a, &b, rank, columns, self.adapter.config.scale() as f32);
+            add_product(&mut weight, &a, &b, rank, columns, pair.scale as f32);
         }
         if let Some(&found) = weight.iter().find(|x| !dtype.holds(**x)) {
             let remedy = if found.is_finite() {

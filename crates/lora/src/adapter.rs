@@ -49,27 +49,36 @@ impl ModuleShape {
     }
 }
 
-/// The two factors of one update, or their gradients: float32 whatever the base holds.
+/// One module's update, `scale * B A`: float32 whatever the base holds.
 #[derive(Debug, Clone)]
 pub struct LoraPair {
     /// `[rank, in]`
     pub a: Tensor<2>,
     /// `[out, rank]`
     pub b: Tensor<2>,
+    /// The factor in front of `B A`.
+    pub scale: f64,
+}
+
+impl LoraPair {
+    /// Rank of the update.
+    pub fn rank(&self) -> usize {
+        self.a.dims()[0]
+    }
 }
 
 impl Tracked for LoraPair {
     fn tracked(self) -> Self {
-        Self { a: self.a.tracked(), b: self.b.tracked() }
+        Self { a: self.a.tracked(), b: self.b.tracked(), ..self }
     }
 }
 
 /// A low-rank update of a base, by module name.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// Rank, scale and targets.
+    /// How it was made; ranks and scales are those of the pairs.
     pub config: LoraConfig,
-    /// The factors of every adapted module.
+    /// The update of every adapted module.
     pub pairs: BTreeMap<String, LoraPair>,
 }
 
@@ -86,17 +95,20 @@ impl Adapter {
     ) -> Result<Self, LoraError> {
         config.validate()?;
         let pair = |module: &ModuleShape| {
+            let rank = config.rank_of(&module.name);
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(stream(&module.name));
             let bound = 1.0 / (module.in_features as f32).sqrt();
             let a: Vec<f32> =
-                (0..config.rank * module.in_features).map(|_| rng.random_range(-bound..bound)).collect();
+                (0..rank * module.in_features).map(|_| rng.random_range(-bound..bound)).collect();
             LoraPair {
-                a: Tensor::from_data(TensorData::new(a, [config.rank, module.in_features]), device),
-                b: Tensor::zeros([module.out_features, config.rank], device),
+                a: Tensor::from_data(TensorData::new(a, [rank, module.in_features]), device),
+                b: Tensor::zeros([module.out_features, rank], device),
+                scale: config.scale_of(&module.name),
             }
         };
-        let targets = config.target_modules.select(modules)?;
+        let targets = config.select(modules)?;
+        config.check_patterns(&targets)?;
         let pairs = targets.into_iter().map(|m| (m.name.clone(), pair(m))).collect();
         Ok(Self { config: config.clone(), pairs })
     }
@@ -112,6 +124,6 @@ impl Adapter {
 
     /// Numbers that training changes.
     pub fn parameters(&self) -> usize {
-        self.pairs.values().map(|p| p.a.shape().num_elements() + p.b.shape().num_elements()).sum()
+        self.tensors().map(|(_, tensor)| tensor.shape().num_elements()).sum()
     }
 }

@@ -1,6 +1,9 @@
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
-use crate::{LoraError, ModuleShape};
+use crate::patterns::{expression, matches};
+use crate::{LoraError, ModuleShape, Patterns};
 
 /// What to adapt, and how strongly. The names are PEFT's, `rank` and `alpha` the recipes'.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -16,6 +19,14 @@ pub struct LoraConfig {
     pub target_modules: TargetModules,
     /// Scale by alpha / sqrt(rank) instead (rank-stabilized `LoRA`, Kalajdzievski 2023).
     pub rslora: bool,
+    /// Other ranks for some modules.
+    pub rank_pattern: Patterns<usize>,
+    /// Other alphas for some modules.
+    pub alpha_pattern: Patterns<f64>,
+    /// Numbers of the layers to adapt. Empty: all.
+    pub layers_to_transform: Vec<usize>,
+    /// Modules that are left as they are though `target_modules` names them.
+    pub exclude_modules: Vec<String>,
 }
 
 impl Default for LoraConfig {
@@ -26,31 +37,113 @@ impl Default for LoraConfig {
             dropout: 0.0,
             target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
             rslora: false,
+            rank_pattern: Patterns::default(),
+            alpha_pattern: Patterns::default(),
+            layers_to_transform: Vec::new(),
+            exclude_modules: Vec::new(),
         }
     }
 }
 
 impl LoraConfig {
-    /// The factor in front of the update.
-    pub fn scale(&self) -> f64 {
-        let rank = self.rank as f64;
-        self.alpha / if self.rslora { rank.sqrt() } else { rank }
+    /// The rank of the module called `name`.
+    pub fn rank_of(&self, name: &str) -> usize {
+        self.rank_pattern.get(name).copied().unwrap_or(self.rank)
+    }
+
+    /// The factor in front of the update of the module called `name`.
+    pub fn scale_of(&self, name: &str) -> f64 {
+        let alpha = self.alpha_pattern.get(name).copied().unwrap_or(self.alpha);
+        alpha / self.divisor(self.rank_of(name))
+    }
+
+    /// What alpha is divided by at `rank`.
+    pub(crate) fn divisor(&self, rank: usize) -> f64 {
+        let rank = rank as f64;
+        if self.rslora { rank.sqrt() } else { rank }
+    }
+
+    /// The modules that get an adapter. Whatever matches nothing is an error that lists what there is.
+    pub fn select<'m>(&self, modules: &'m [ModuleShape]) -> Result<Vec<&'m ModuleShape>, LoraError> {
+        let mut chosen = self.target_modules.select(modules)?;
+        let layers: BTreeSet<usize> = modules.iter().filter_map(|m| layer_of(&m.name)).collect();
+        if let Some(absent) = self.layers_to_transform.iter().find(|layer| !layers.contains(layer)) {
+            return Err(LoraError::Config {
+                knob: "layers_to_transform",
+                expected: format!("numbers from 0 to below {}", layers.last().map_or(0, |last| last + 1)),
+                found: absent.to_string(),
+            });
+        }
+        let in_layers = |m: &ModuleShape| {
+            self.layers_to_transform.is_empty()
+                || layer_of(&m.name).is_some_and(|layer| self.layers_to_transform.contains(&layer))
+        };
+        let excluded = |m: &ModuleShape| self.exclude_modules.iter().any(|name| is_named(m, name));
+        chosen.retain(|m| in_layers(m) && !excluded(m));
+        if chosen.is_empty() {
+            let found = self.exclude_modules.join(", ");
+            return Err(LoraError::Config {
+                knob: "exclude_modules",
+                expected: "a module left".into(),
+                found,
+            });
+        }
+        Ok(chosen)
+    }
+
+    /// Refuses keys of patterns that match none of the modules in `chosen`: typos.
+    pub(crate) fn check_patterns(&self, chosen: &[&ModuleShape]) -> Result<(), LoraError> {
+        let keys = |knob| move |key: &str| (knob, key.to_owned());
+        let ranks = self.rank_pattern.iter().map(|(key, _)| key).map(keys("rank_pattern"));
+        let alphas = self.alpha_pattern.iter().map(|(key, _)| key).map(keys("alpha_pattern"));
+        for (knob, found) in ranks.chain(alphas) {
+            if !chosen.iter().any(|m| matches(&found, &m.name)) {
+                let expected =
+                    format!("names of adapted layers: {}", short_names(chosen.iter().copied()).join(", "));
+                return Err(LoraError::Config { knob, expected, found });
+            }
+        }
+        Ok(())
     }
 
     /// Refuses values that cannot train, by name.
     pub fn validate(&self) -> Result<(), LoraError> {
-        let refuse = |knob, expected, found: String| Err(LoraError::Config { knob, expected, found });
+        let refuse = |knob, expected: &str, found: String| {
+            Err(LoraError::Config { knob, expected: expected.into(), found })
+        };
+        let positive = |alpha: f64| alpha.is_finite() && alpha > 0.0;
         if self.rank == 0 {
             return refuse("rank", "a whole number from 1", self.rank.to_string());
         }
-        if !self.alpha.is_finite() || self.alpha <= 0.0 {
+        if !positive(self.alpha) {
             return refuse("alpha", "a number above 0", self.alpha.to_string());
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return refuse("dropout", "a number from 0 to below 1", self.dropout.to_string());
         }
-        Ok(())
+        if let Some((key, rank)) = self.rank_pattern.iter().find(|(_, rank)| **rank == 0) {
+            return refuse("rank_pattern", "whole numbers from 1", format!("{rank} for {key}"));
+        }
+        if let Some((key, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !positive(**alpha)) {
+            return refuse("alpha_pattern", "numbers above 0", format!("{alpha} for {key}"));
+        }
+        let ranks = self.rank_pattern.iter().map(|(key, _)| ("rank_pattern", key));
+        let alphas = self.alpha_pattern.iter().map(|(key, _)| ("alpha_pattern", key));
+        match ranks.chain(alphas).find(|(_, key)| expression(key).is_err()) {
+            Some((knob, key)) => refuse(knob, "names, or regular expressions of them", key.into()),
+            None => Ok(()),
+        }
     }
+}
+
+/// The number of the layer that a module belongs to.
+fn layer_of(module: &str) -> Option<usize> {
+    module.split('.').find_map(|part| part.parse().ok())
+}
+
+/// Whether `name` is a module's whole name, or the end of it after a dot.
+fn is_named(module: &ModuleShape, name: &str) -> bool {
+    module.name == name || module.name.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
 }
 
 /// The linear layers that get an adapter.
@@ -81,19 +174,15 @@ impl TargetModules {
             }
             Self::Names(names) => names,
         };
-        let matches = |module: &ModuleShape, name: &String| {
-            module.name == *name
-                || module.name.strip_suffix(name.as_str()).is_some_and(|head| head.ends_with('.'))
-        };
         let unmatched: Vec<&str> =
-            names.iter().filter(|n| !modules.iter().any(|m| matches(m, n))).map(String::as_str).collect();
+            names.iter().filter(|n| !modules.iter().any(|m| is_named(m, n))).map(String::as_str).collect();
         if names.is_empty() || !unmatched.is_empty() {
             return Err(LoraError::NoSuchTarget {
                 targets: unmatched.join(", "),
                 available: short_names(modules).join(", "),
             });
         }
-        Ok(modules.iter().filter(|m| names.iter().any(|n| matches(m, n))).collect())
+        Ok(modules.iter().filter(|m| names.iter().any(|n| is_named(m, n))).collect())
     }
 
     /// The names as `adapter_config.json` lists them; "all-linear" spelled out.
@@ -105,10 +194,15 @@ impl TargetModules {
     }
 }
 
+/// The last part of a module's name, such as `q_proj`.
+pub(crate) fn short_name(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
+}
+
 /// The last parts of the modules' names, each once, sorted.
-fn short_names<'m>(modules: impl IntoIterator<Item = &'m ModuleShape>) -> Vec<String> {
-    let short = modules.into_iter().filter_map(|m| m.name.rsplit('.').next().map(str::to_owned));
-    short.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+pub(crate) fn short_names<'m>(modules: impl IntoIterator<Item = &'m ModuleShape>) -> Vec<String> {
+    let short = modules.into_iter().map(|m| short_name(&m.name).to_owned());
+    short.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 #[cfg(test)]

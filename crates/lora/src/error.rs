@@ -9,7 +9,7 @@ pub enum LoraError {
         /// The knob.
         knob: &'static str,
         /// What it takes.
-        expected: &'static str,
+        expected: String,
         /// What it was given.
         found: String,
     },

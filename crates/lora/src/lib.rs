@@ -7,13 +7,18 @@
 
 mod adapter;
 mod config;
+mod described;
 mod error;
 mod linear;
 mod packed;
+mod patterns;
 mod peft;
+mod tensors;
 
 pub use adapter::{Adapter, LoraPair, ModuleShape, PartOf};
 pub use config::{LoraConfig, TargetModules};
 pub use error::LoraError;
 pub use linear::{ForwardMode, LoraLinear, low_rank_update};
+pub use patterns::Patterns;
 pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
+pub use tensors::{Factor, TensorName};

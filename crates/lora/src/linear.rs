@@ -59,10 +59,10 @@ impl LoraLinear {
 /// - x: `[tokens, in]`
 /// - y and result: `[tokens, out]`
 pub fn low_rank_update(y: Tensor<2>, x: Tensor<2>, name: &str, mode: ForwardMode) -> Tensor<2> {
-    let Some((adapter, pair)) = mode.adapter.and_then(|a| Some((a, a.pairs.get(name)?))) else { return y };
+    let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(name)) else { return y };
     let x = match mode.dropout {
         Some(dropout) => dropout.apply(x, name),
         None => x,
     };
-    add_low_rank(y, x, &pair.a, &pair.b, adapter.config.scale())
+    add_low_rank(y, x, &pair.a, &pair.b, pair.scale)
 }

@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const GOLDENS: [&str; 3] = ["gqa", "tied", "rslora"];
+const GOLDENS: [&str; 4] = ["gqa", "tied", "rslora", "patterns"];
 const KEY: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 
 /// Every CPU device that this build has, with its name; there is at least one.
@@ -85,13 +85,14 @@ fn all_linear_means_the_layers_that_the_base_has() {
 #[test]
 fn parts_of_a_packed_layer_become_blocks_of_one_pair() {
     let modules = packed_modules();
-    for (rslora, alpha) in [(false, 8.0), (true, 4.0 * 2_f64.sqrt())] {
+    for rslora in [false, true] {
         let targets = ["first", "second", "down"].map(str::to_owned).to_vec();
         let config = LoraConfig {
             rank: 2,
             alpha: 4.0,
             rslora,
             target_modules: TargetModules::Names(targets),
+            rank_pattern: [("second".to_owned(), 3)].into_iter().collect(),
             ..LoraConfig::default()
         };
         let mut adapter = Adapter::init(&config, &modules, 1, &device()).unwrap();
@@ -100,12 +101,20 @@ fn parts_of_a_packed_layer_become_blocks_of_one_pair() {
         }
         let packed = adapter.onto_packed(&modules);
         assert_eq!(packed.pairs.keys().collect::<Vec<_>>(), ["l.down", "l.pair"]);
-        assert_eq!((packed.config.rank, packed.config.alpha), (4, alpha));
-        assert!((packed.config.scale() - config.scale()).abs() < 1e-12);
-        let update = |pair: &LoraPair| host(&pair.b.clone().matmul(pair.a.clone()));
+        assert_eq!((packed.pairs["l.down"].rank(), packed.pairs["l.pair"].rank()), (2, 5));
+        for (name, pair) in &packed.pairs {
+            assert_eq!(packed.config.rank_of(name), pair.rank());
+            assert!((packed.config.scale_of(name) - pair.scale).abs() < 1e-12);
+        }
+        let update = |pair: &LoraPair| host(&(pair.b.clone().matmul(pair.a.clone()) * pair.scale));
         let [first, second, down] =
             ["l.first", "l.second", "l.down"].map(|name| update(&adapter.pairs[name]));
-        assert_eq!(update(&packed.pairs["l.pair"]), [first, second].concat());
+        let together = update(&packed.pairs["l.pair"]);
+        let expected = [first, second].concat();
+        assert!(
+            together.iter().zip(&expected).all(|(x, y)| (x - y).abs() < 1e-6),
+            "{together:?} {expected:?}"
+        );
         assert_eq!(update(&packed.pairs["l.down"]), down);
 
         let dir = TempDir::new().unwrap();
@@ -173,7 +182,8 @@ fn pefts_configuration_is_understood() {
     let load = |name: &str| Adapter::load(&golden(name), &modules(), &device()).unwrap();
     let gqa = load("gqa");
     assert_eq!((gqa.config.rank, gqa.config.alpha, gqa.config.rslora), (4, 8.0, false));
-    assert_eq!((gqa.pairs.len(), gqa.config.scale()), (14, 2.0));
+    assert_eq!(gqa.pairs.len(), 14);
+    assert!(gqa.pairs.values().all(|pair| (pair.scale - 2.0).abs() < 1e-12));
     assert_eq!(gqa.pairs["model.layers.1.mlp.down_proj"].a.dims(), [4, 64]);
     assert_eq!(gqa.pairs["model.layers.1.mlp.down_proj"].b.dims(), [32, 4]);
     assert_eq!(gqa.parameters(), 2 * 4 * (3 * (32 + 64) + 2 * (32 + 16) + 2 * (32 + 32)));
@@ -181,7 +191,18 @@ fn pefts_configuration_is_understood() {
     let rslora = load("rslora");
     assert_eq!((rslora.config.rank, rslora.config.alpha, rslora.config.rslora), (8, 8.0, true));
     assert_eq!(rslora.pairs.len(), 4);
-    assert!((rslora.config.scale() - 8.0 / 8f64.sqrt()).abs() < 1e-12);
+    assert!(rslora.pairs.values().all(|pair| (pair.scale - 8.0 / 8f64.sqrt()).abs() < 1e-12));
+
+    // q_proj of layer 1 has rank 2 and alpha 6, o_proj rank 6, all others rank 4; alpha is 8, v_proj's 3.
+    let patterns = load("patterns");
+    let of = |name: &str| {
+        let pair = &patterns.pairs[&format!("model.layers.1.{name}")];
+        (pair.rank(), pair.scale)
+    };
+    assert_eq!(patterns.pairs.len(), 6, "one layer of two, and no up_proj");
+    assert_eq!(of("self_attn.q_proj"), (2, 3.0));
+    assert_eq!(of("self_attn.o_proj"), (6, 8.0 / 6.0));
+    assert_eq!((of("self_attn.k_proj"), of("self_attn.v_proj")), ((4, 2.0), (4, 0.75)));
 }
 
 #[test]
@@ -344,11 +365,8 @@ fn features_that_change_the_result_are_refused_by_name() {
         ("bias", json!("lora_only")),
         ("fan_in_fan_out", json!(true)),
         ("modules_to_save", json!(["lm_head"])),
-        ("rank_pattern", json!({"q_proj": 2})),
-        ("alpha_pattern", json!({"q_proj": 2})),
-        ("layers_to_transform", json!(0)),
+        ("layers_pattern", json!("blocks")),
         ("layer_replication", json!([[0, 1]])),
-        ("exclude_modules", json!(["q_proj"])),
         ("trainable_token_indices", json!([1])),
         ("target_parameters", json!(["x"])),
         ("lora_bias", json!(true)),
@@ -383,6 +401,19 @@ fn a_configuration_that_is_wrong_is_told() {
         ("lora_dropout", json!(1.0), "dropout: expected a number from 0 to below 1"),
         ("target_modules", json!(3), "target_modules: expected a list of module names or \"all-linear\""),
         ("target_modules", json!(".*_proj"), "target_modules: expected a list"),
+        (
+            "rank_pattern",
+            json!({"q_proj": 0}),
+            "rank_pattern: expected whole numbers from 1, found 0 for q_proj",
+        ),
+        (
+            "alpha_pattern",
+            json!({"q_proj": -1}),
+            "alpha_pattern: expected numbers above 0, found -1 for q_proj",
+        ),
+        ("alpha_pattern", json!({"q_(": 1}), "alpha_pattern: expected names, or regular expressions"),
+        ("rank_pattern", json!(["q_proj"]), "rank_pattern: "),
+        ("exclude_modules", json!(".*_proj"), "exclude_modules: "),
     ];
     for (key, value, told) in cases {
         let dir = changed("gqa", |config| config[key] = value.clone(), |_| {});
@@ -473,6 +504,23 @@ fn the_configuration_chooses_the_modules() {
     assert_eq!(count(names(&["q_proj", "v_proj", "q_proj"])).unwrap(), 4);
     assert_eq!(count(serde_json::from_value(json!("all-linear")).unwrap()).unwrap(), 14);
     assert_eq!(count(LoraConfig::default().target_modules).unwrap(), 4);
+
+    let adapted = |config: LoraConfig| {
+        Adapter::init(&config, &modules(), 1, &device()).map(|adapter| adapter.pairs.into_keys().collect())
+    };
+    let upper = LoraConfig { layers_to_transform: vec![1], ..LoraConfig::default() };
+    let last = [("self_attn.q_proj"), ("self_attn.v_proj")].map(|name| format!("model.layers.1.{name}"));
+    let found: Vec<String> = adapted(upper.clone()).unwrap();
+    assert_eq!(found, last);
+    let found = adapted(LoraConfig { exclude_modules: vec!["v_proj".into()], ..upper.clone() }).unwrap();
+    assert_eq!(found, last[..1]);
+    let told = |config: LoraConfig| adapted(config).unwrap_err().to_string();
+    let error = told(LoraConfig { layers_to_transform: vec![0, 2], ..upper.clone() });
+    assert_tells(&error, &["lora.layers_to_transform", "from 0 to below 2", "found 2"]);
+    let error = told(LoraConfig { exclude_modules: vec!["q_proj".into(), last[1].clone()], ..upper.clone() });
+    assert_tells(&error, &["lora.exclude_modules", "a module left"]);
+    let error = told(LoraConfig { rank_pattern: [("k_proj".to_owned(), 2)].into_iter().collect(), ..upper });
+    assert_tells(&error, &["lora.rank_pattern", "q_proj, v_proj", "found k_proj"]);
 
     let error = count(names(&["q_proj", "qproj", "proj"])).unwrap_err().to_string();
     assert_tells(&error, &["[qproj, proj] matches no linear layer", "down_proj", "v_proj", "all-linear"]);

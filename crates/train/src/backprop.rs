@@ -10,7 +10,7 @@
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_data::PackedBatch;
 use pronk_kernels::{CrossEntropy, Dropout, EmbeddingNoise, Tracked, cross_entropy, pull_back};
-use pronk_lora::{Adapter, ForwardMode, LoraPair};
+use pronk_lora::{Adapter, ForwardMode};
 use pronk_model::{Block, Decoder, Layout};
 use tracing::trace_span;
 
@@ -32,7 +32,7 @@ pub struct Keep {
 pub struct MicroBatchLoss {
     /// Sum of the losses of its supervised tokens, `[1]`, still on the device.
     pub sum: Tensor<1>,
-    /// Of `sum / n_supervised`, by module.
+    /// Of `sum / n_supervised`.
     pub gradients: Gradients,
 }
 
@@ -153,12 +153,8 @@ impl Tape {
     fn pull_back(self, gradient: Tensor<2>, gradients: &mut Gradients) -> Option<Tensor<2>> {
         let mut leaves = pull_back(&self.output, gradient);
         let mut collected = Gradients::default();
-        for (name, pair) in &self.adapter.pairs {
-            let a = pair.a.grad_remove(&mut leaves);
-            let b = pair.b.grad_remove(&mut leaves);
-            if let (Some(a), Some(b)) = (a, b) {
-                collected.pairs.insert(name.clone(), LoraPair { a, b });
-            }
+        for (name, tensor) in self.adapter.tensors() {
+            collected.tensors.extend(tensor.grad_remove(&mut leaves).map(|gradient| (name, gradient)));
         }
         gradients.accumulate(collected);
         self.input.and_then(|x| x.grad_remove(&mut leaves))

@@ -10,13 +10,11 @@ use pronk_lora::{Adapter, ModuleShape};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::optimizer::{FactorState, numbers};
+use crate::optimizer::{TensorState, numbers};
 use crate::{Optimizer, RunFolder, SampleRound, TrainConfig, TrainError};
 
 const STATE: &str = "trainer_state.json";
 const STATES: &str = "optimizer.safetensors";
-/// What the keys of a module's two factors go on with.
-const FACTORS: [&str; 2] = ["lora_A", "lora_B"];
 
 /// How far a run has come.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -140,11 +138,9 @@ fn sync(directory: &Path) -> Result<(), TrainError> {
 fn states_to_bytes(optimizer: &Optimizer, path: &Path) -> Result<Vec<u8>, TrainError> {
     let damaged = |problem: String| TrainError::Checkpoint { path: path.join(STATES), problem };
     let mut tensors = Vec::new();
-    for (module, (a, b)) in &optimizer.states {
-        for (factor, state) in FACTORS.iter().zip([a, b]) {
-            for (part, dtype, shape, bytes) in parts_of(state)? {
-                tensors.push((format!("{module}.{factor}.{part}"), dtype, shape, bytes));
-            }
+    for (name, state) in &optimizer.states {
+        for (part, dtype, shape, bytes) in parts_of(state)? {
+            tensors.push((format!("{name}.{part}"), dtype, shape, bytes));
         }
     }
     let views = tensors
@@ -158,15 +154,15 @@ fn states_to_bytes(optimizer: &Optimizer, path: &Path) -> Result<Vec<u8>, TrainE
 /// What a state is made of: how its key ends, format, shape and bytes.
 type Part = (&'static str, Dtype, Vec<usize>, Vec<u8>);
 
-fn parts_of(state: &FactorState) -> Result<Vec<Part>, TrainError> {
+fn parts_of(state: &TensorState) -> Result<Vec<Part>, TrainError> {
     let floats = |values: Vec<f32>| values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
     let tensor = |name, tensor: &Tensor<2>| -> Result<Part, TrainError> {
         Ok((name, Dtype::F32, tensor.dims().to_vec(), floats(numbers(tensor)?)))
     };
     Ok(match state {
-        FactorState::Moments(AdamWState { m, v }) => vec![tensor("m", m)?, tensor("v", v)?],
-        FactorState::Momentum(momentum) => vec![tensor("momentum", momentum)?],
-        FactorState::EightBit { m, v } => {
+        TensorState::Moments(AdamWState { m, v }) => vec![tensor("m", m)?, tensor("v", v)?],
+        TensorState::Momentum(momentum) => vec![tensor("momentum", momentum)?],
+        TensorState::EightBit { m, v } => {
             let codes = |name, x: &Blockwise| (name, Dtype::U8, vec![x.codes.len()], x.codes.clone());
             let scales =
                 |name, x: &Blockwise| (name, Dtype::F32, vec![x.absmax.len()], floats(x.absmax.clone()));
@@ -192,24 +188,22 @@ fn states_from_file(optimizer: &mut Optimizer, path: &Path, device: &Device) -> 
         let floats: Vec<f32> = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
         Ok::<_, TrainError>(floats)
     };
-    for (module, (a, b)) in &mut optimizer.states {
-        for (factor, state) in FACTORS.iter().zip([a, b]) {
-            let key = |part: &str| format!("{module}.{factor}.{part}");
-            let tensor = |part: &str, like: &mut Tensor<2>| {
-                let data = TensorData::new(floats(&key(part), &like.dims())?, like.dims());
-                *like = Tensor::from_data(data, device);
-                Ok::<_, TrainError>(())
-            };
-            let quantized = |part: &str, like: &mut Blockwise| {
-                like.codes = read(&key(part), Dtype::U8, &[like.codes.len()])?;
-                like.absmax = floats(&key(&format!("{part}.absmax")), &[like.absmax.len()])?;
-                Ok::<_, TrainError>(())
-            };
-            match state {
-                FactorState::Moments(AdamWState { m, v }) => tensor("m", m).and_then(|()| tensor("v", v))?,
-                FactorState::Momentum(momentum) => tensor("momentum", momentum)?,
-                FactorState::EightBit { m, v } => quantized("m", m).and_then(|()| quantized("v", v))?,
-            }
+    for (name, state) in &mut optimizer.states {
+        let key = |part: &str| format!("{name}.{part}");
+        let tensor = |part: &str, like: &mut Tensor<2>| {
+            let data = TensorData::new(floats(&key(part), &like.dims())?, like.dims());
+            *like = Tensor::from_data(data, device);
+            Ok::<_, TrainError>(())
+        };
+        let quantized = |part: &str, like: &mut Blockwise| {
+            like.codes = read(&key(part), Dtype::U8, &[like.codes.len()])?;
+            like.absmax = floats(&key(&format!("{part}.absmax")), &[like.absmax.len()])?;
+            Ok::<_, TrainError>(())
+        };
+        match state {
+            TensorState::Moments(AdamWState { m, v }) => tensor("m", m).and_then(|()| tensor("v", v))?,
+            TensorState::Momentum(momentum) => tensor("momentum", momentum)?,
+            TensorState::EightBit { m, v } => quantized("m", m).and_then(|()| quantized("v", v))?,
         }
     }
     Ok(())

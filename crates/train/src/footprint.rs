@@ -99,8 +99,8 @@ impl Shapes {
     /// Of an adapter as `lora` describes it, on a decoder whose weights take `weights`.
     pub fn new(model: &DecoderConfig, weights: WeightBytes, lora: &LoraConfig) -> Result<Self, LoraError> {
         let modules = model.adapter_modules();
-        let targets = lora.target_modules.select(&modules)?;
-        let numbers = targets.iter().map(|m| lora.rank * (m.in_features + m.out_features));
+        let targets = lora.select(&modules)?;
+        let numbers = targets.iter().map(|m| lora.rank_of(&m.name) * (m.in_features + m.out_features));
         let short = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
         Ok(Self {
             model: model.clone(),

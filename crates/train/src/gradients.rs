@@ -1,33 +1,32 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
-use pronk_lora::LoraPair;
+use pronk_lora::TensorName;
 
 use crate::TrainError;
 
-/// Gradients of an adapter, by module name.
+/// Gradients of an adapter, by the name of what they are gradients of.
 #[derive(Debug, Clone, Default)]
 pub struct Gradients {
-    /// Of A and of B, each of its factor's shape.
-    pub pairs: BTreeMap<String, LoraPair>,
+    /// Each of its tensor's shape.
+    pub tensors: BTreeMap<TensorName, Tensor<2>>,
 }
 
 impl Gradients {
     /// Adds those of another micro-batch.
     pub fn accumulate(&mut self, other: Self) {
-        for (name, pair) in other.pairs {
-            let sum = match self.pairs.remove(&name) {
-                None => pair,
-                Some(kept) => LoraPair { a: kept.a + pair.a, b: kept.b + pair.b },
+        for (name, gradient) in other.tensors {
+            let sum = match self.tensors.remove(&name) {
+                None => gradient,
+                Some(kept) => kept + gradient,
             };
-            self.pairs.insert(name, sum);
+            self.tensors.insert(name, sum);
         }
     }
 
     /// The Euclidean norm over all of them together.
     pub fn norm(&self) -> Result<f64, TrainError> {
-        let squares = self.pairs.values().flat_map(|p| [&p.a, &p.b]).map(|t| t.clone().square().sum());
-        let squares: Vec<Tensor<1>> = squares.collect();
+        let squares: Vec<Tensor<1>> = self.tensors.values().map(|t| t.clone().square().sum()).collect();
         if squares.is_empty() {
             return Ok(0.0);
         }
@@ -37,8 +36,7 @@ impl Gradients {
     /// Every gradient times `factor`.
     #[must_use]
     pub fn scaled(self, factor: f64) -> Self {
-        let scale = |p: LoraPair| LoraPair { a: p.a * factor, b: p.b * factor };
-        Self { pairs: self.pairs.into_iter().map(|(name, pair)| (name, scale(pair))).collect() }
+        Self { tensors: self.tensors.into_iter().map(|(name, gradient)| (name, gradient * factor)).collect() }
     }
 }
 

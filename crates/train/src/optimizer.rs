@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Tensor, TensorData};
 use pronk_kernels::{AdamW, AdamWState, Blockwise, Lion, Muon};
-use pronk_lora::{Adapter, LoraPair};
+use pronk_lora::{Adapter, Factor, TensorName};
 use serde::{Deserialize, Serialize};
 
 use crate::{Gradients, TrainConfig, TrainError};
@@ -33,9 +33,9 @@ impl OptimizerKind {
     }
 }
 
-/// What an optimizer remembers of one factor.
+/// What an optimizer remembers of one tensor.
 #[derive(Debug, Clone)]
-pub(crate) enum FactorState {
+pub(crate) enum TensorState {
     Moments(AdamWState),
     /// First and second moment.
     EightBit {
@@ -46,13 +46,13 @@ pub(crate) enum FactorState {
     Momentum(Tensor<2>),
 }
 
-impl FactorState {
-    fn new(kind: OptimizerKind, factor: &Tensor<2>) -> Self {
-        let zeros = |signed| Blockwise::zeros(factor.shape().num_elements(), signed);
+impl TensorState {
+    fn new(kind: OptimizerKind, tensor: &Tensor<2>) -> Self {
+        let zeros = |signed| Blockwise::zeros(tensor.shape().num_elements(), signed);
         match kind {
-            OptimizerKind::AdamW => Self::Moments(AdamWState::zeros_like(factor)),
+            OptimizerKind::AdamW => Self::Moments(AdamWState::zeros_like(tensor)),
             OptimizerKind::AdamW8bit => Self::EightBit { m: zeros(true), v: zeros(false) },
-            OptimizerKind::Lion | OptimizerKind::Muon => Self::Momentum(factor.zeros_like()),
+            OptimizerKind::Lion | OptimizerKind::Muon => Self::Momentum(tensor.zeros_like()),
         }
     }
 }
@@ -63,16 +63,15 @@ pub struct Optimizer {
     kind: OptimizerKind,
     weight_decay: f64,
     lora_plus_ratio: f64,
-    /// Of A and of B, by module name.
-    pub(crate) states: BTreeMap<String, (FactorState, FactorState)>,
+    /// Of every tensor that is trained.
+    pub(crate) states: BTreeMap<TensorName, TensorState>,
 }
 
 impl Optimizer {
     /// With everything it remembers at zero.
     pub fn new(config: &TrainConfig, adapter: &Adapter) -> Self {
         let TrainConfig { optimizer: kind, weight_decay, lora_plus_ratio, .. } = *config;
-        let zero = |p: &LoraPair| (FactorState::new(kind, &p.a), FactorState::new(kind, &p.b));
-        let states = adapter.pairs.iter().map(|(name, pair)| (name.clone(), zero(pair))).collect();
+        let states = adapter.tensors().map(|(name, tensor)| (name, TensorState::new(kind, tensor))).collect();
         Self { kind, weight_decay, lora_plus_ratio, states }
     }
 
@@ -85,50 +84,52 @@ impl Optimizer {
         learning_rate: f64,
         step: u64,
     ) -> Result<(), TrainError> {
-        let (kind, decay) = (self.kind, self.weight_decay);
-        let rate_of_b = learning_rate * self.lora_plus_ratio;
-        for (name, pair) in &mut adapter.pairs {
-            let (Some(gradient), Some((a, b))) = (gradients.pairs.get(name), self.states.get_mut(name))
+        for (name, tensor) in adapter.tensors_mut() {
+            let (Some(gradient), Some(state)) = (gradients.tensors.get(&name), self.states.get_mut(&name))
             else {
                 continue;
             };
-            pair.a = stepped(kind, decay, pair.a.clone(), gradient.a.clone(), a, learning_rate, step)?;
-            pair.b = stepped(kind, decay, pair.b.clone(), gradient.b.clone(), b, rate_of_b, step)?;
+            let rate = match name.factor {
+                Factor::B => learning_rate * self.lora_plus_ratio,
+                Factor::A => learning_rate,
+            };
+            let (kind, decay) = (self.kind, self.weight_decay);
+            *tensor = stepped(kind, decay, tensor.clone(), gradient.clone(), state, rate, step)?;
         }
         Ok(())
     }
 }
 
-/// One factor after a step.
+/// One tensor after a step.
 fn stepped(
     kind: OptimizerKind,
     weight_decay: f64,
-    factor: Tensor<2>,
+    tensor: Tensor<2>,
     gradient: Tensor<2>,
-    state: &mut FactorState,
+    state: &mut TensorState,
     learning_rate: f64,
     step: u64,
 ) -> Result<Tensor<2>, TrainError> {
     let adamw = AdamW { weight_decay, ..AdamW::default() };
     Ok(match state {
-        FactorState::Moments(state) => adamw.step(factor, gradient, state, learning_rate, step),
-        FactorState::EightBit { m, v } => {
+        TensorState::Moments(state) => adamw.step(tensor, gradient, state, learning_rate, step),
+        TensorState::EightBit { m, v } => {
             let on_device = |moment: &Blockwise| {
-                Tensor::from_data(TensorData::new(moment.dequantize(), factor.dims()), &factor.device())
+                Tensor::from_data(TensorData::new(moment.dequantize(), tensor.dims()), &tensor.device())
             };
             let mut state = AdamWState { m: on_device(m), v: on_device(v) };
-            let factor = adamw.step(factor, gradient, &mut state, learning_rate, step);
+            let tensor = adamw.step(tensor, gradient, &mut state, learning_rate, step);
             (*m, *v) = (
                 Blockwise::quantize(&numbers(&state.m)?, true),
                 Blockwise::quantize(&numbers(&state.v)?, false),
             );
-            factor
+            tensor
         }
-        FactorState::Momentum(momentum) if kind == OptimizerKind::Muon => {
-            Muon { weight_decay, ..Muon::default() }.step(factor, gradient, momentum, learning_rate)
+        TensorState::Momentum(momentum) if kind == OptimizerKind::Muon => {
+            Muon { weight_decay, ..Muon::default() }.step(tensor, gradient, momentum, learning_rate)
         }
-        FactorState::Momentum(momentum) => {
-            Lion { weight_decay, ..Lion::default() }.step(factor, gradient, momentum, learning_rate)
+        TensorState::Momentum(momentum) => {
+            Lion { weight_decay, ..Lion::default() }.step(tensor, gradient, momentum, learning_rate)
         }
     })
 }
@@ -141,11 +142,11 @@ pub(crate) fn numbers(tensor: &Tensor<2>) -> Result<Vec<f32>, TrainError> {
 #[cfg(all(test, any(feature = "flex", feature = "tch")))]
 mod tests {
     use pronk_kernels::open_device;
-    use pronk_lora::LoraConfig;
+    use pronk_lora::{LoraConfig, LoraPair};
 
     use super::*;
 
-    /// A factor, or a gradient, that depends on `seed`.
+    /// A tensor, or a gradient, that depends on `seed`.
     fn wave(shape: [usize; 2], seed: usize) -> Tensor<2> {
         let device = open_device("auto").unwrap();
         let values = (0..shape[0] * shape[1]).map(|i| ((i * 7 + seed * 13) as f32 * 0.7).sin());
@@ -153,19 +154,23 @@ mod tests {
     }
 
     fn pair(seed: usize) -> LoraPair {
-        LoraPair { a: wave([4, 80], seed), b: wave([90, 4], seed + 1) }
+        LoraPair { a: wave([4, 80], seed), b: wave([90, 4], seed + 1), scale: 1.0 }
     }
 
     /// A and B after some steps.
     fn trained(config: &TrainConfig, learning_rate: f64) -> [Vec<f32>; 2] {
-        let pairs = [("m".to_owned(), pair(0))].into();
-        let mut adapter = Adapter { config: LoraConfig::default(), pairs };
-        let mut optimizer = Optimizer::new(config, &adapter);
+        let adapter = |seed| {
+            let pairs = [("m".to_owned(), pair(seed))].into();
+            Adapter { config: LoraConfig::default(), pairs }
+        };
+        let mut adapter_now = adapter(0);
+        let mut optimizer = Optimizer::new(config, &adapter_now);
         for step in 1..=10 {
-            let gradients = Gradients { pairs: [("m".to_owned(), pair(step as usize))].into() };
-            optimizer.step(&mut adapter, &gradients, learning_rate, step).unwrap();
+            let gradients = adapter(step as usize);
+            let tensors = gradients.tensors().map(|(name, tensor)| (name, tensor.clone())).collect();
+            optimizer.step(&mut adapter_now, &Gradients { tensors }, learning_rate, step).unwrap();
         }
-        let LoraPair { a, b } = &adapter.pairs["m"];
+        let LoraPair { a, b, .. } = &adapter_now.pairs["m"];
         [numbers(a).unwrap(), numbers(b).unwrap()]
     }
 

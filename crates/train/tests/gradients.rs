@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Device, Tensor};
 use pronk_data::{PackedBatch, TokenizedExample};
 use pronk_kernels::{Dropout, DropoutKey, open_device};
-use pronk_lora::{Adapter, LoraConfig, TargetModules};
+use pronk_lora::{Adapter, Factor, LoraConfig, TargetModules, TensorName};
 use pronk_model::{Base, Decoder, LoadConfig};
-use pronk_train::{Keep, MicroBatchLoss, SavedInputs, loss_and_gradients, loss_only};
+use pronk_train::{Gradients, Keep, MicroBatchLoss, SavedInputs, loss_and_gradients, loss_only};
 use safetensors::SafeTensors;
 
 fn golden() -> PathBuf {
@@ -82,7 +82,8 @@ fn loss(micro: &MicroBatchLoss) -> f32 {
 
 #[test]
 fn loss_and_gradients_equal_pefts() {
-    let llamas = [("gqa", "tiny-gqa"), ("tied", "tiny-tied"), ("rslora", "tiny-gqa")];
+    let llamas =
+        [("gqa", "tiny-gqa"), ("tied", "tiny-tied"), ("rslora", "tiny-gqa"), ("patterns", "tiny-gqa")];
     equal_pefts("lora-gradients.safetensors", llamas.map(|(case, model)| (case, model.to_owned())));
 }
 
@@ -109,13 +110,12 @@ fn equal_pefts<const N: usize>(file: &str, cases: [(&str, String); N]) {
                 let expected = floats(&file, &format!("{case}.loss"))[0];
                 let mean = loss(&micro) / n as f32;
                 assert!((mean / expected - 1.0).abs() < 1e-5, "{case}: loss {mean}, PEFT's is {expected}");
-                assert_eq!(micro.gradients.pairs.len(), adapter.pairs.len());
-                for (name, pair) in &micro.gradients.pairs {
-                    for (half, ours) in [("lora_A", &pair.a), ("lora_B", &pair.b)] {
-                        let key = format!("{case}.gradient.base_model.model.{name}.{half}.weight");
-                        let error = relative_error(ours, &floats(&file, &key));
-                        assert!(error < 1e-4, "{device:?} {kept} kept, {key}: {error}");
-                    }
+                let names: Vec<TensorName> = adapter.tensors().map(|(name, _)| name).collect();
+                assert!(micro.gradients.tensors.keys().eq(&names));
+                for (name, ours) in &micro.gradients.tensors {
+                    let key = format!("{case}.gradient.base_model.model.{name}.weight");
+                    let error = relative_error(ours, &floats(&file, &key));
+                    assert!(error < 1e-4, "{device:?} {kept} kept, {key}: {error}");
                 }
             }
         }
@@ -143,16 +143,19 @@ fn parts_of_packed_layers_have_the_gradients_of_their_blocks() {
             loss_and_gradients(&decoder, adapter, &batch, 1, graphs(1), None, None).gradients
         };
         let (parts, whole) = (gradients(&adapter), gradients(&adapter.onto_packed(&modules)));
-        assert_eq!((parts.pairs.len(), whole.pairs.len()), (6, 4));
-        for (name, pair) in &parts.pairs {
+        assert_eq!((parts.tensors.len(), whole.tensors.len()), (12, 8));
+        let of = |gradients: &Gradients, name: &str| {
+            [Factor::A, Factor::B].map(|factor| gradients.tensors[&TensorName::new(name, factor)].clone())
+        };
+        for name in adapter.pairs.keys() {
             let part = modules.iter().find(|m| m.name == *name).unwrap().part_of.clone().unwrap();
-            let block = &whole.pairs[&part.module];
+            let ([own_a, own_b], [a, b]) = (of(&parts, name), of(&whole, &part.module));
             // Pairs lie in the order of their names: v_proj behind q_proj.
             let first = if name.ends_with("v_proj") { 2 } else { 0 };
-            let columns = block.a.dims()[1];
-            let a = block.a.clone().slice([first..first + 2, 0..columns]);
-            let b = block.b.clone().slice([part.rows, first..first + 2]);
-            for (ours, expected) in [(&pair.a, a), (&pair.b, b)] {
+            let columns = a.dims()[1];
+            let a = a.slice([first..first + 2, 0..columns]);
+            let b = b.slice([part.rows, first..first + 2]);
+            for (ours, expected) in [(&own_a, a), (&own_b, b)] {
                 let expected: Vec<f32> = expected.try_to_vec_as().unwrap();
                 assert!(expected.iter().any(|x| *x != 0.0), "{name}");
                 let error = relative_error(ours, &expected);
@@ -174,7 +177,7 @@ fn micro_batches_add_up_to_the_whole() {
         let whole = pack(&examples);
         let n = whole.supervised();
         let at_once = loss_and_gradients(&decoder, &adapter, &whole, n, graphs(0), None, None);
-        let mut sum = pronk_train::Gradients::default();
+        let mut sum = Gradients::default();
         let mut losses = 0.0;
         for example in examples.chunks(1) {
             let part = loss_and_gradients(&decoder, &adapter, &pack(example), n, graphs(0), None, None);
@@ -182,9 +185,9 @@ fn micro_batches_add_up_to_the_whole() {
             sum.accumulate(part.gradients);
         }
         assert!((losses / loss(&at_once) - 1.0).abs() < 1e-5);
-        for (name, pair) in &at_once.gradients.pairs {
-            let reference: Vec<f32> = pair.b.try_to_vec_as().unwrap();
-            assert!(relative_error(&sum.pairs[name].b, &reference) < 1e-4, "{name}");
+        for (name, gradient) in &at_once.gradients.tensors {
+            let reference: Vec<f32> = gradient.try_to_vec_as().unwrap();
+            assert!(relative_error(&sum.tensors[name], &reference) < 1e-4, "{name}");
         }
         let plain: f32 = loss_only(&decoder, Some(&adapter), &whole).into_scalar();
         assert!((plain / loss(&at_once) - 1.0).abs() < 1e-5);
@@ -208,9 +211,9 @@ fn recompute_sees_the_same_dropout() {
         let (kept, again) = (run(usize::MAX, 0), run(0, 0));
         // Backends may fuse an operation where no graph is recorded: equal but for rounding.
         assert!((loss(&kept) / loss(&again) - 1.0).abs() < 1e-6);
-        for (name, pair) in &kept.gradients.pairs {
-            let reference: Vec<f32> = pair.a.try_to_vec_as().unwrap();
-            let error = relative_error(&again.gradients.pairs[name].a, &reference);
+        for (name, gradient) in &kept.gradients.tensors {
+            let reference: Vec<f32> = gradient.try_to_vec_as().unwrap();
+            let error = relative_error(&again.gradients.tensors[name], &reference);
             assert!(error < 1e-5, "{device:?} {name}: {error}");
         }
         let other = run(usize::MAX, 1);
@@ -230,10 +233,8 @@ fn saved_inputs_may_be_rounded_or_lie_elsewhere() {
         let run = |inputs| {
             let micro =
                 loss_and_gradients(&decoder, &adapter, &batch, 1, Keep { graphs: 0, inputs }, None, None);
-            let pairs = micro.gradients.pairs.iter();
-            let gradient = |t: &Tensor<2>| t.try_to_vec_as::<f32>().unwrap();
-            let gradients: Vec<_> =
-                pairs.flat_map(|(_, pair)| [gradient(&pair.a), gradient(&pair.b)]).collect();
+            let gradients = micro.gradients.tensors.values();
+            let gradients: Vec<_> = gradients.map(|t| t.try_to_vec_as::<f32>().unwrap()).collect();
             (loss(&micro), gradients)
         };
         let exact = run(SavedInputs::F32);
@@ -266,9 +267,10 @@ fn below_the_lowest_adapter_nothing_has_a_gradient() {
         for kept in [usize::MAX, 0, 1] {
             let batch = pack(std::slice::from_ref(&example));
             let micro = loss_and_gradients(&decoder, &adapter, &batch, 3, graphs(kept), None, None);
-            assert_eq!(micro.gradients.pairs.keys().collect::<Vec<_>>(), [&target]);
+            let names = [Factor::A, Factor::B].map(|factor| TensorName::new(&target, factor));
+            assert!(micro.gradients.tensors.keys().eq(&names));
             // B is zero, so A's gradient is too; B's is not.
-            let b: Vec<f32> = micro.gradients.pairs[&target].b.try_to_vec_as().unwrap();
+            let b: Vec<f32> = micro.gradients.tensors[&names[1]].try_to_vec_as().unwrap();
             assert!(b.iter().any(|&x| x != 0.0));
         }
     }
