@@ -22,7 +22,7 @@ def test_peft_loads_what_pronk_trained(trained, tmp_path):
         assert tensor.abs().max() > 0, f"{name} is all zero after training"
 
 
-@pytest.mark.parametrize("adapter, base", [("gqa", "gqa"), ("tied", "tied"), ("rslora", "gqa"), ("patterns", "gqa")])
+@pytest.mark.parametrize("adapter, base", [("gqa", "gqa"), ("tied", "tied"), ("rslora", "gqa"), ("patterns", "gqa"), ("dora", "bias")])
 def test_pronk_loads_what_peft_saved(adapter, base, tmp_path):
     base, adapter = GOLDEN / f"tiny-{base}", GOLDEN / f"adapter-{adapter}"
     found = pronk_logits(tmp_path / "logits.safetensors", base, adapter)

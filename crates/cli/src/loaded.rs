@@ -133,13 +133,18 @@ fn prepared(
 }
 
 fn initial_adapter(recipe: &Recipe, opened: &OpenedBase, decoder: &Decoder) -> Result<Adapter> {
-    let modules = opened.base.config.adapter_modules();
     let Some(dir) = &recipe.lora.init_adapter else {
-        return Adapter::init(&recipe.lora.config, &modules, recipe.train.seed, decoder.device())
-            .into_diagnostic();
+        return decoder.new_adapter(&recipe.lora.config, recipe.train.seed).into_diagnostic();
     };
     let mut adapter = opened.load_adapter(dir, decoder).wrap_err("lora.init_adapter")?;
     let wanted = &recipe.lora.config;
+    if wanted.use_dora != adapter.config.use_dora {
+        let (found, asked) = (adapter.config.use_dora, wanted.use_dora);
+        return Err(miette!(
+            "lora.init_adapter: {} has use_dora = {found}, the recipe asks for use_dora = {asked}",
+            dir.display()
+        ));
+    }
     for (name, pair) in &adapter.pairs {
         let (rank, scale) = (wanted.rank_of(name), wanted.scale_of(name));
         if pair.rank() != rank || (pair.scale - scale).abs() > 1e-9 * scale {

@@ -1,4 +1,5 @@
-//! What an adapter changes: `W + scale * B A`, one weight at a time.
+//! What an adapter changes: `W + scale * B A`, with `DoRA` its rows made as long as the magnitudes say; one
+//! weight at a time.
 
 use std::collections::BTreeMap;
 
@@ -30,6 +31,11 @@ impl<'a> Update<'a> {
             };
             let expected = ([rank, module.in_features], [module.out_features, rank]);
             let found = (pair.a.dims(), pair.b.dims());
+            let magnitude = pair.magnitude.as_ref().map(|m| m.dims()[1]);
+            if let Some(found) = magnitude.filter(|rows| *rows != module.out_features) {
+                let expected = module.out_features;
+                return Some(format!("{name}: expected {expected} magnitudes, found {found}"));
+            }
             (found != expected)
                 .then(|| format!("{name}: expected A and B of shapes {expected:?}, found {found:?}"))
         };
@@ -72,6 +78,9 @@ impl<'a> Update<'a> {
             let [rank, columns] = pair.a.dims();
             let (a, b) = (values(&pair.a)?, values(&pair.b)?);
             add_product(&mut weight, &a, &b, rank, columns, pair.scale as f32);
+            if let Some(magnitude) = &pair.magnitude {
+                set_norms(&mut weight, &values(magnitude)?, columns);
+            }
         }
         if let Some(&found) = weight.iter().find(|x| !dtype.holds(**x)) {
             let remedy = if found.is_finite() {
@@ -111,6 +120,15 @@ fn add_product(weight: &mut [f32], a: &[f32], b: &[f32], rank: usize, columns: u
         for (w, x) in row.iter_mut().zip(&product) {
             *w += scale * x;
         }
+    }
+}
+
+/// Makes each row of `weight`, `[out, columns]`, as long as `magnitude`, `[out]`, says.
+fn set_norms(weight: &mut [f32], magnitude: &[f32], columns: usize) {
+    for (row, magnitude) in weight.chunks_exact_mut(columns).zip(magnitude) {
+        let norm = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+        let factor = (f64::from(*magnitude) / norm) as f32;
+        row.iter_mut().for_each(|x| *x *= factor);
     }
 }
 

@@ -45,7 +45,7 @@ fn relative_difference(merged: &Path, token_ids: &[u32], expected: &[f32]) -> f3
 
 #[test]
 fn merged_in_float32_a_model_answers_as_peft_does() {
-    let llamas = [("gqa", "gqa"), ("rslora", "gqa"), ("tied", "tied"), ("patterns", "gqa")];
+    let llamas = [("gqa", "gqa"), ("rslora", "gqa"), ("tied", "tied"), ("patterns", "gqa"), ("dora", "bias")];
     for (adapter, variant) in llamas.into_iter().chain(FAMILIES.map(|name| (name, name))) {
         let (dir, base) = (TempDir::new().unwrap(), base(variant));
         let out = dir.path().join("merged");

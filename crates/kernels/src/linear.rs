@@ -67,11 +67,24 @@ impl FrozenLinear {
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let y = match &self.weight {
+        self.add_bias(self.product(x))
+    }
+
+    /// `x W^T`, without the bias.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - result: `[tokens, out]`
+    pub fn product(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.weight {
             // The transpose is a view: products read it through its strides.
             Weight::Dense(weight) => x.matmul(weight.clone().transpose()),
             Weight::Frozen(weight, precision) => frozen_product(x, weight, Direction::Forward, *precision),
-        };
+        }
+    }
+
+    /// `y + b`, or `y` where there is no bias.
+    pub fn add_bias(&self, y: Tensor<2>) -> Tensor<2> {
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
@@ -87,6 +100,14 @@ impl FrozenLinear {
         match &self.weight {
             Weight::Dense(weight) => dy.matmul(weight.clone()),
             Weight::Frozen(weight, precision) => frozen_product(dy, weight, Direction::Backward, *precision),
+        }
+    }
+
+    /// The squared norm of every row of the weight, `[out]`, on `device`.
+    pub fn row_squares(&self, device: &Device) -> Tensor<1> {
+        match &self.weight {
+            Weight::Dense(weight) => weight.clone().square().sum_dim(1).squeeze_dim(1),
+            Weight::Frozen(weight, _) => weight.row_squares(device),
         }
     }
 

@@ -49,7 +49,7 @@ impl ModuleShape {
     }
 }
 
-/// One module's update, `scale * B A`: float32 whatever the base holds.
+/// One module's update, `scale * B A`, and with `DoRA` how long the rows are afterwards: float32 whatever the base holds.
 #[derive(Debug, Clone)]
 pub struct LoraPair {
     /// `[rank, in]`
@@ -58,6 +58,8 @@ pub struct LoraPair {
     pub b: Tensor<2>,
     /// The factor in front of `B A`.
     pub scale: f64,
+    /// `DoRA`'s norms of the rows of the updated weight, `[1, out]`.
+    pub magnitude: Option<Tensor<2>>,
 }
 
 impl LoraPair {
@@ -69,7 +71,8 @@ impl LoraPair {
 
 impl Tracked for LoraPair {
     fn tracked(self) -> Self {
-        Self { a: self.a.tracked(), b: self.b.tracked(), ..self }
+        let magnitude = self.magnitude.map(Tracked::tracked);
+        Self { a: self.a.tracked(), b: self.b.tracked(), magnitude, ..self }
     }
 }
 
@@ -87,6 +90,7 @@ impl Adapter {
     /// `a = sqrt 5`), B zero, so that training starts from the base itself.
     ///
     /// A module's numbers depend on the seed and its name alone, and are the same on every device.
+    /// Magnitudes of `DoRA` are not among them: they are the base's, which knows how to set them.
     pub fn init(
         config: &LoraConfig,
         modules: &[ModuleShape],
@@ -105,6 +109,7 @@ impl Adapter {
                 a: Tensor::from_data(TensorData::new(a, [rank, module.in_features]), device),
                 b: Tensor::zeros([module.out_features, rank], device),
                 scale: config.scale_of(&module.name),
+                magnitude: None,
             }
         };
         let targets = config.select(modules)?;

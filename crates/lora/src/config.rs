@@ -19,6 +19,9 @@ pub struct LoraConfig {
     pub target_modules: TargetModules,
     /// Scale by alpha / sqrt(rank) instead (rank-stabilized `LoRA`, Kalajdzievski 2023).
     pub rslora: bool,
+    /// Train how long the rows of an adapted weight are apart from where they point
+    /// (`DoRA`, Liu et al. 2024).
+    pub use_dora: bool,
     /// Other ranks for some modules.
     pub rank_pattern: Patterns<usize>,
     /// Other alphas for some modules.
@@ -37,6 +40,7 @@ impl Default for LoraConfig {
             dropout: 0.0,
             target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
             rslora: false,
+            use_dora: false,
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             layers_to_transform: Vec::new(),
@@ -87,6 +91,15 @@ impl LoraConfig {
                 expected: "a module left".into(),
                 found,
             });
+        }
+        if self.use_dora {
+            let parts = chosen.iter().copied().filter(|m| m.part_of.is_some());
+            let found = short_names(parts).join(", ");
+            if !found.is_empty() {
+                let packed = short_names(modules.iter().filter(|m| m.part_of.is_none())).join(", ");
+                let expected = format!("target_modules that are layers of the base themselves ({packed})");
+                return Err(LoraError::Config { knob: "use_dora", expected, found });
+            }
         }
         Ok(chosen)
     }

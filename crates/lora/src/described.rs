@@ -27,6 +27,7 @@ impl Adapter {
             alpha,
             rank_pattern,
             alpha_pattern,
+            use_dora: pairs.values().any(|pair| pair.magnitude.is_some()),
             target_modules: TargetModules::Names(names),
             layers_to_transform: if by_whole_names { Vec::new() } else { config.layers_to_transform.clone() },
             exclude_modules: Vec::new(),

@@ -1,13 +1,14 @@
 //! Low-rank adapters over a frozen base (Hu et al. 2021, <https://arxiv.org/abs/2106.09685>).
 //!
 //! A [`LoraLinear`] computes `base(x) + scale * (x A^T) B^T` on the activation path: the dense
-//! product `B A` never exists while training. Its weights live in an [`Adapter`], by the
+//! product `B A` never exists while training, with `DoRA` neither. Its weights live in an [`Adapter`], by the
 //! module's name, so that the base can come and go (resident, quantized, streamed) while the
 //! adapter stays. Adapter directories have the layout of Hugging Face's PEFT.
 
 mod adapter;
 mod config;
 mod described;
+mod dora;
 mod error;
 mod linear;
 mod packed;
@@ -17,6 +18,7 @@ mod tensors;
 
 pub use adapter::{Adapter, LoraPair, ModuleShape, PartOf};
 pub use config::{LoraConfig, TargetModules};
+pub use dora::WeightNorms;
 pub use error::LoraError;
 pub use linear::{ForwardMode, LoraLinear, low_rank_update};
 pub use patterns::Patterns;

@@ -1,7 +1,10 @@
+use std::sync::{Arc, OnceLock};
+
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::{Dropout, FrozenLinear, add_low_rank};
 
-use crate::Adapter;
+use crate::dora::weight_norms;
+use crate::{Adapter, LoraPair, WeightNorms};
 
 /// What a forward pass needs beside its input: the adapter, and the dropout of the moment.
 #[derive(Debug, Clone, Copy)]
@@ -10,12 +13,21 @@ pub struct ForwardMode<'a> {
     pub adapter: Option<&'a Adapter>,
     /// Dropout in front of the adapter, while training.
     pub dropout: Option<Dropout>,
+    /// Where `DoRA`'s norms are kept while base and adapter stay as they are; without, every pass
+    /// computes them.
+    pub norms: Option<&'a WeightNorms>,
 }
 
 impl<'a> ForwardMode<'a> {
     /// The base with an adapter, as it answers.
     pub fn inference(adapter: Option<&'a Adapter>) -> Self {
-        Self { adapter, dropout: None }
+        Self { adapter, dropout: None, norms: None }
+    }
+
+    /// The same with norms kept in `norms`, unless it keeps them already.
+    #[must_use]
+    pub fn with_norms(self, norms: &'a WeightNorms) -> Self {
+        Self { norms: self.norms.or(Some(norms)), ..self }
     }
 }
 
@@ -24,32 +36,55 @@ impl<'a> ForwardMode<'a> {
 pub struct LoraLinear {
     name: String,
     base: FrozenLinear,
+    /// Squared norms of the weight's rows, `[out]`, once they were needed.
+    squares: Arc<OnceLock<Tensor<1>>>,
 }
 
 impl LoraLinear {
     /// `name` is the module's name in the checkpoint, without `.weight`.
     pub fn new(name: String, base: FrozenLinear) -> Self {
-        Self { name, base }
+        Self { name, base, squares: Arc::default() }
+    }
+
+    /// The module's name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// The same layer with its weight on `device`.
     #[must_use]
     pub fn on_device(&self, device: &Device) -> Self {
-        Self { name: self.name.clone(), base: self.base.on_device(device) }
+        Self { base: self.base.on_device(device), ..self.clone() }
     }
 
-    /// `base(x) + scale * (dropout(x) A^T) B^T`, or `base(x)` where no adapter sits.
+    /// `base(x) + scale * (dropout(x) A^T) B^T`, or `base(x)` where no adapter sits. With `DoRA`, what is
+    /// in front of the bias is scaled by `magnitude / |W + scale B A|`, row by row of the weight.
+    /// Dropout is in front of A alone there too, so that the base is multiplied once.
     ///
     /// # Shapes
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
     pub fn forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        let adapted = mode.adapter.is_some_and(|adapter| adapter.pairs.contains_key(&self.name));
-        if !adapted {
+        let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name)) else {
             return self.base.forward(x);
-        }
-        let y = self.base.forward(x.clone());
-        low_rank_update(y, x, &self.name, mode)
+        };
+        let Some(magnitude) = &pair.magnitude else {
+            let y = self.base.forward(x.clone());
+            return low_rank_update(y, x, &self.name, mode);
+        };
+        let norms = || weight_norms(&self.base, self.squares(&x.device()), pair);
+        let norms = mode.norms.map_or_else(norms, |known| known.of(&self.name, norms));
+        let y = low_rank_update(self.base.product(x.clone()), x, &self.name, mode);
+        self.base.add_bias(y * (magnitude.clone() / norms))
+    }
+
+    /// Sets `DoRA`'s magnitude to the norms of the updated weight's rows, so that it changes nothing yet.
+    pub fn set_magnitude(&self, pair: &mut LoraPair) {
+        pair.magnitude = Some(weight_norms(&self.base, self.squares(&pair.a.device()), pair));
+    }
+
+    fn squares(&self, device: &Device) -> &Tensor<1> {
+        self.squares.get_or_init(|| self.base.row_squares(&device.clone().without_autodiff()))
     }
 }
 

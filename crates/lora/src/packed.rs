@@ -33,7 +33,11 @@ impl Adapter {
         let pack = |(module, pairs): (&str, Vec<(usize, &LoraPair)>)| {
             let own = pairs.iter().map(|(_, pair)| pair.b.dims()[0]).max().unwrap_or(0);
             let rows = rows_of.get(module).copied().unwrap_or(own);
-            (module.to_owned(), block_pair(&pairs, rows))
+            let packed = match pairs[..] {
+                [(_, pair)] if pair.b.dims()[0] == rows => pair.clone(),
+                _ => block_pair(&pairs, rows),
+            };
+            (module.to_owned(), packed)
         };
         Self::of_pairs(&self.config, gathered.into_iter().map(pack).collect())
     }
@@ -58,5 +62,5 @@ fn block_pair(pairs: &[(usize, &LoraPair)], rows: usize) -> LoraPair {
         b = b.slice_assign([*first..first + out, used..used + own], block);
         used += own;
     }
-    LoraPair { a, b, scale }
+    LoraPair { a, b, scale, magnitude: None }
 }

@@ -27,7 +27,13 @@ type HostTensor = (TensorName, [usize; 2], Vec<f32>);
 
 /// A tensor's key in the file.
 fn key(name: &TensorName) -> String {
-    format!("{PREFIX}{name}.weight")
+    let end = if name.factor == Factor::Magnitude { "" } else { ".weight" };
+    format!("{PREFIX}{name}{end}")
+}
+
+/// A tensor's shape in the file: one row is a vector there.
+fn file_shape(factor: Factor, [rows, columns]: [usize; 2]) -> Vec<usize> {
+    if factor == Factor::Magnitude { vec![columns] } else { vec![rows, columns] }
 }
 
 impl Adapter {
@@ -96,7 +102,8 @@ impl Adapter {
                 let key = key(&TensorName::new(&module.name, factor));
                 match tensors.remove(&key) {
                     None => problems.push(format!("{key}: missing")),
-                    Some((found, _)) if found != shape => {
+                    Some((found, _)) if found != file_shape(factor, shape) => {
+                        let shape = file_shape(factor, shape);
                         problems.push(format!("{key}: expected shape {shape:?}, found {found:?}"));
                     }
                     Some((_, values)) => {
@@ -107,9 +114,11 @@ impl Adapter {
             };
             let a = tensor(Factor::A, [rank, module.in_features]);
             let b = tensor(Factor::B, [module.out_features, rank]);
+            let magnitude =
+                config.use_dora.then(|| tensor(Factor::Magnitude, [1, module.out_features])).flatten();
             if let (Some(a), Some(b)) = (a, b) {
                 let scale = config.scale_of(&module.name);
-                pairs.insert(module.name.clone(), LoraPair { a, b, scale });
+                pairs.insert(module.name.clone(), LoraPair { a, b, scale, magnitude });
             }
         }
         let mut surplus: Vec<_> = tensors.into_keys().collect();
@@ -144,7 +153,9 @@ fn serialize(tensors: &[HostTensor]) -> Result<Vec<u8>, safetensors::SafeTensorE
     let views = tensors
         .iter()
         .zip(&bytes)
-        .map(|((name, shape, _), data)| Ok((key(name), TensorView::new(Dtype::F32, shape.to_vec(), data)?)))
+        .map(|((name, shape, _), data)| {
+            Ok((key(name), TensorView::new(Dtype::F32, file_shape(name.factor, *shape), data)?))
+        })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize(views, Some(metadata))

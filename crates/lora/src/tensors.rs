@@ -14,17 +14,17 @@ pub enum Factor {
     A,
     /// `[out, rank]`
     B,
+    /// `DoRA`'s, `[1, out]`
+    Magnitude,
 }
 
 impl Factor {
-    /// All there may be.
-    pub const ALL: [Self; 2] = [Self::A, Self::B];
-
     /// PEFT's name for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::A => "lora_A",
             Self::B => "lora_B",
+            Self::Magnitude => "lora_magnitude_vector",
         }
     }
 }
@@ -61,12 +61,14 @@ impl fmt::Display for TensorName {
 impl LoraPair {
     /// Its tensors, in their order.
     pub fn tensors(&self) -> impl Iterator<Item = (Factor, &Tensor<2>)> {
-        [(Factor::A, &self.a), (Factor::B, &self.b)].into_iter()
+        let magnitude = self.magnitude.iter().map(|magnitude| (Factor::Magnitude, magnitude));
+        [(Factor::A, &self.a), (Factor::B, &self.b)].into_iter().chain(magnitude)
     }
 
     /// The same, to be changed.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = (Factor, &mut Tensor<2>)> {
-        [(Factor::A, &mut self.a), (Factor::B, &mut self.b)].into_iter()
+        let magnitude = self.magnitude.iter_mut().map(|magnitude| (Factor::Magnitude, magnitude));
+        [(Factor::A, &mut self.a), (Factor::B, &mut self.b)].into_iter().chain(magnitude)
     }
 }
 

@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const GOLDENS: [&str; 4] = ["gqa", "tied", "rslora", "patterns"];
+const GOLDENS: [&str; 5] = ["gqa", "tied", "rslora", "patterns", "dora"];
 const KEY: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 
 /// Every CPU device that this build has, with its name; there is at least one.
@@ -361,7 +361,6 @@ fn halves_are_read_as_floats() {
 #[test]
 fn features_that_change_the_result_are_refused_by_name() {
     let features = [
-        ("use_dora", json!(true)),
         ("bias", json!("lora_only")),
         ("fan_in_fan_out", json!(true)),
         ("modules_to_save", json!(["lm_head"])),

@@ -75,6 +75,12 @@ impl Block {
         }
     }
 
+    /// Its linear layers, in the order in which they run.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &LoraLinear> {
+        let (o_proj, down_proj) = (std::slice::from_ref(&self.o_proj), std::slice::from_ref(&self.down_proj));
+        [self.qkv.layers(), o_proj, self.gate_up.layers(), down_proj].into_iter().flatten()
+    }
+
     /// The same block with its weights on `device`.
     pub(crate) fn on_device(&self, device: &Device) -> Self {
         Self {

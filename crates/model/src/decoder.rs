@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::{FrozenLinear, FrozenMatrix, computes_on_host, rms_norm, soft_cap};
-use pronk_lora::ForwardMode;
+use pronk_lora::{Adapter, ForwardMode, LoraConfig, LoraError};
 
 use crate::config::block_prefix;
 use crate::layout::Rotaries;
@@ -109,6 +109,26 @@ impl Decoder {
             rows * (self.config.hidden_size as f64).sqrt()
         } else {
             rows
+        }
+    }
+
+    /// A fresh adapter for this base, that changes nothing yet.
+    pub fn new_adapter(&self, config: &LoraConfig, seed: u64) -> Result<Adapter, LoraError> {
+        let mut adapter = Adapter::init(config, &self.config.adapter_modules(), seed, &self.device)?;
+        if config.use_dora {
+            self.set_magnitudes(&mut adapter);
+        }
+        Ok(adapter)
+    }
+
+    /// Gives every pair of `adapter` the magnitudes with which `DoRA` computes what the pair alone does.
+    pub fn set_magnitudes(&self, adapter: &mut Adapter) {
+        for (_, block) in self.visit(0..self.layers()) {
+            for linear in block.linears() {
+                if let Some(pair) = adapter.pairs.get_mut(linear.name()) {
+                    linear.set_magnitude(pair);
+                }
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 use std::ops::ControlFlow;
 
-use pronk_lora::ForwardMode;
+use pronk_lora::{ForwardMode, WeightNorms};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -30,6 +30,8 @@ pub fn generate(
     sampling: Sampling,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>, ModelError> {
+    let norms = WeightNorms::default();
+    let mode = mode.with_norms(&norms);
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut caches = vec![LayerCache::default(); decoder.layers()];
     let room = decoder.config.max_position_embeddings.saturating_sub(prompt.len());

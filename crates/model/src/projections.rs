@@ -31,6 +31,14 @@ impl<const N: usize> Projections<N> {
         }
     }
 
+    /// The layers that the base has.
+    pub fn layers(&self) -> &[LoraLinear] {
+        match self {
+            Self::Apart(layers) => layers,
+            Self::Packed(layer, _) => std::slice::from_ref(layer),
+        }
+    }
+
     /// The same layers with their weights on `device`.
     pub fn on_device(&self, device: &Device) -> Self {
         match self {

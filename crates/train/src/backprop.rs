@@ -10,7 +10,7 @@
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_data::PackedBatch;
 use pronk_kernels::{CrossEntropy, Dropout, EmbeddingNoise, Tracked, cross_entropy, pull_back};
-use pronk_lora::{Adapter, ForwardMode};
+use pronk_lora::{Adapter, ForwardMode, WeightNorms};
 use pronk_model::{Block, Decoder, Layout};
 use tracing::trace_span;
 
@@ -50,13 +50,14 @@ pub fn loss_and_gradients(
     let device = decoder.device();
     let documents = batch.documents();
     let layout = decoder.layout(&batch.positions, &documents);
-    let mode = ForwardMode { adapter: Some(adapter), dropout };
+    let norms = WeightNorms::default();
+    let mode = ForwardMode { dropout, ..ForwardMode::inference(Some(adapter)).with_norms(&norms) };
     let lowest = lowest_adapted(decoder, adapter);
     let recorded = decoder.layers().saturating_sub(keep.graphs);
 
     let record = |block: &Block, layer: usize, x: Tensor<2>| {
         let adapter = adapter.tracked_under(&Decoder::block_prefix(layer));
-        Tape::record(block, adapter, dropout, &layout, x, layer > lowest)
+        Tape::record(block, adapter, mode, &layout, x, layer > lowest)
     };
 
     let mut x = decoder.embed(&batch.token_ids);
@@ -134,17 +135,17 @@ struct Tape {
 }
 
 impl Tape {
-    /// Runs `block` on `x` with `adapter`, whose factors are leaves.
+    /// Runs `block` on `x` with `adapter`, whose tensors are leaves, otherwise as `mode` says.
     fn record(
         block: &Block,
         adapter: Adapter,
-        dropout: Option<Dropout>,
+        mode: ForwardMode,
         layout: &Layout,
         x: Tensor<2>,
         needs_input_gradient: bool,
     ) -> Self {
         let input = needs_input_gradient.then(|| x.clone().tracked());
-        let mode = ForwardMode { adapter: Some(&adapter), dropout };
+        let mode = ForwardMode { adapter: Some(&adapter), ..mode };
         let output = block.forward(input.clone().unwrap_or(x), layout, mode, None);
         Self { input, adapter, output }
     }

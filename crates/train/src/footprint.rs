@@ -4,7 +4,7 @@
 //! of `pronk plan`. It counts what is alive at the worst moment of a step; `BENCHMARKS.md` holds it
 //! against what was measured.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pronk_data::PackedBatch;
 use pronk_kernels::logit_rows;
@@ -87,6 +87,8 @@ pub struct Shapes {
     weights: WeightBytes,
     /// Last parts of the names of adapted layers, such as `q_proj`.
     adapted: BTreeSet<String>,
+    /// Outputs of a block's layers with `DoRA`, which are kept in front of their magnitudes.
+    dora_outputs: usize,
     /// Numbers in the adapter.
     adapter_numbers: u64,
     /// Bytes that a number of a saved block input takes.
@@ -100,11 +102,17 @@ impl Shapes {
     pub fn new(model: &DecoderConfig, weights: WeightBytes, lora: &LoraConfig) -> Result<Self, LoraError> {
         let modules = model.adapter_modules();
         let targets = lora.select(&modules)?;
-        let numbers = targets.iter().map(|m| lora.rank_of(&m.name) * (m.in_features + m.out_features));
+        let magnitudes = |outputs: usize| if lora.use_dora { outputs } else { 0 };
+        let numbers = targets
+            .iter()
+            .map(|m| lora.rank_of(&m.name) * (m.in_features + m.out_features) + magnitudes(m.out_features));
         let short = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
+        let outputs: BTreeMap<String, usize> =
+            targets.iter().map(|m| (short(&m.name), m.out_features)).collect();
         Ok(Self {
             model: model.clone(),
             weights,
+            dora_outputs: magnitudes(outputs.values().sum()),
             adapter_numbers: numbers.sum::<usize>() as u64,
             adapted: targets.iter().map(|m| short(&m.name)).collect(),
             saved_bytes: FLOAT,
@@ -204,7 +212,8 @@ impl Shapes {
             + model.intermediate_size * (2 + adapted(&["down_proj"])) // gate, up, their product
             + model.intermediate_size * 2 * usize::from(self.on_card());
         let norms = hidden * model.norms_of_outputs() + if model.norms_heads() { q + kv } else { 0 };
-        (work.tokens * (attention + feed_forward + norms)) as u64 * FLOAT + SCORES_KEPT * self.scores(work)
+        (work.tokens * (attention + feed_forward + norms + self.dora_outputs)) as u64 * FLOAT
+            + SCORES_KEPT * self.scores(work)
     }
 
     /// What the backward pass of a block holds beside its graph: the gradients of the widest layer.

@@ -91,7 +91,7 @@ impl Optimizer {
             };
             let rate = match name.factor {
                 Factor::B => learning_rate * self.lora_plus_ratio,
-                Factor::A => learning_rate,
+                Factor::A | Factor::Magnitude => learning_rate,
             };
             let (kind, decay) = (self.kind, self.weight_decay);
             *tensor = stepped(kind, decay, tensor.clone(), gradient.clone(), state, rate, step)?;
@@ -154,7 +154,7 @@ mod tests {
     }
 
     fn pair(seed: usize) -> LoraPair {
-        LoraPair { a: wave([4, 80], seed), b: wave([90, 4], seed + 1), scale: 1.0 }
+        LoraPair { a: wave([4, 80], seed), b: wave([90, 4], seed + 1), scale: 1.0, magnitude: None }
     }
 
     /// A and B after some steps.

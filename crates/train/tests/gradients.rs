@@ -82,8 +82,13 @@ fn loss(micro: &MicroBatchLoss) -> f32 {
 
 #[test]
 fn loss_and_gradients_equal_pefts() {
-    let llamas =
-        [("gqa", "tiny-gqa"), ("tied", "tiny-tied"), ("rslora", "tiny-gqa"), ("patterns", "tiny-gqa")];
+    let llamas = [
+        ("gqa", "tiny-gqa"),
+        ("tied", "tiny-tied"),
+        ("rslora", "tiny-gqa"),
+        ("patterns", "tiny-gqa"),
+        ("dora", "tiny-bias"),
+    ];
     equal_pefts("lora-gradients.safetensors", llamas.map(|(case, model)| (case, model.to_owned())));
 }
 
@@ -113,7 +118,13 @@ fn equal_pefts<const N: usize>(file: &str, cases: [(&str, String); N]) {
                 let names: Vec<TensorName> = adapter.tensors().map(|(name, _)| name).collect();
                 assert!(micro.gradients.tensors.keys().eq(&names));
                 for (name, ours) in &micro.gradients.tensors {
-                    let key = format!("{case}.gradient.base_model.model.{name}.weight");
+                    let key = format!(
+                        "{case}.gradient.base_model.model.{name}{}",
+                        match name.factor {
+                            Factor::Magnitude => "",
+                            Factor::A | Factor::B => ".weight",
+                        }
+                    );
                     let error = relative_error(ours, &floats(&file, &key));
                     assert!(error < 1e-4, "{device:?} {kept} kept, {key}: {error}");
                 }

@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use burn::tensor::TensorData;
 use bytes::Bytes;
 use rayon::prelude::*;
 
@@ -177,6 +178,20 @@ impl FrozenMatrix {
                 int8::dequantize(&codes[first..][..cols.len()], scale, out);
             }
         }
+    }
+
+    /// The squared norm of every row, `[rows]`, summed in float64; a row of a thread is dense at a time.
+    pub fn row_squares(&self) -> TensorData {
+        let [rows, cols] = self.shape;
+        let mut squares = vec![0.0_f32; rows];
+        squares.par_iter_mut().enumerate().for_each_init(
+            || vec![0.0; cols],
+            |numbers, (row, square)| {
+                self.dequantize(row, 0..cols, numbers);
+                *square = numbers.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() as f32;
+            },
+        );
+        TensorData::new(squares, [rows])
     }
 
     /// The same matrix with its numbers rounded to bf16, where it holds wider floats: half the memory

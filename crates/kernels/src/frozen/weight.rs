@@ -57,6 +57,26 @@ impl FrozenWeight {
         }
     }
 
+    /// The squared norm of every row, `[rows]`, on `device`. Of a card's matrix a piece is dense at a time.
+    ///
+    /// # Panics
+    /// Where the matrix is on another card.
+    pub fn row_squares(&self, device: &Device) -> Tensor<1> {
+        match self {
+            Self::Host(matrix) => Tensor::from_data(matrix.row_squares(), device),
+            #[cfg(feature = "cube")]
+            Self::Cube(matrix) => {
+                let [rows, cols] = matrix.shape();
+                let step = dense_rows([rows, cols], size_of::<f32>(), LARGEST_DENSE).max(1);
+                let piece = |first: usize| {
+                    let ids: Vec<u32> = (first as u32..rows.min(first + step) as u32).collect();
+                    cube::rows(matrix, &ids, device).square().sum_dim(1).squeeze_dim(1)
+                };
+                Tensor::cat((0..rows).step_by(step).map(piece).collect(), 0)
+            }
+        }
+    }
+
     /// The matrix in host memory.
     ///
     /// # Panics

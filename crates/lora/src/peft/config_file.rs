@@ -29,6 +29,9 @@ pub fn to_json(config: &LoraConfig, targets: &[String], base: &str) -> String {
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
     });
+    if config.use_dora {
+        value["use_dora"] = json!(true);
+    }
     if !config.layers_to_transform.is_empty() {
         value["layers_to_transform"] = json!(config.layers_to_transform);
     }
@@ -78,6 +81,7 @@ pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
         dropout: number("lora_dropout", 0.0)?,
         target_modules,
         rslora: value["use_rslora"] == true,
+        use_dora: value["use_dora"] == true,
         rank_pattern: or_default(&path, &value, "rank_pattern")?,
         alpha_pattern: or_default(&path, &value, "alpha_pattern")?,
         layers_to_transform: or_default(&path, &value, "layers_to_transform")?,
@@ -99,8 +103,7 @@ fn or_default<T: Default + DeserializeOwned>(path: &Path, value: &Value, key: &s
 }
 
 /// Keys of PEFT's that change what an adapter computes and that this version does not carry.
-const UNSUPPORTED: [&str; 14] = [
-    "use_dora",
+const UNSUPPORTED: [&str; 13] = [
     "bias",
     "fan_in_fan_out",
     "modules_to_save",
