@@ -113,13 +113,11 @@ pub fn template(
         (None, Some(dir)) => PromptTemplate::of_adapter(dir, tokenizer).into_diagnostic()?,
         _ => None,
     };
-    match stored {
-        Some(template) => Ok(template),
-        None => {
-            let own = if tokenizer.chat_template().is_some() { "chat" } else { "alpaca" };
-            PromptTemplate::load(name.unwrap_or(own), tokenizer).into_diagnostic()
-        }
+    if let Some(template) = stored {
+        return Ok(template);
     }
+    let own = if tokenizer.chat_template().is_some() { "chat" } else { "alpaca" };
+    PromptTemplate::load(name.unwrap_or(own), tokenizer).into_diagnostic()
 }
 
 /// Where quantized bases are kept: `PRONK_CACHE`, or `pronk` in the user's own cache.

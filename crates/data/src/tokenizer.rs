@@ -134,13 +134,11 @@ impl TextTokenizer {
             Some(Value::String(source)) if wanted == "default" => Ok(source),
             Some(Value::Array(several)) => {
                 let found = several.iter().find(|entry| named(entry).as_deref() == Some(wanted));
-                match found.and_then(|entry| entry.get("template")?.as_str()) {
-                    Some(source) => Ok(source),
-                    None => {
-                        let names: Vec<String> = several.iter().filter_map(named).collect();
-                        failed(format!("the base has no chat template {wanted:?}; it has {}", names.join(", ")))
-                    }
+                if let Some(source) = found.and_then(|entry| entry.get("template")?.as_str()) {
+                    return Ok(source);
                 }
+                let names: Vec<String> = several.iter().filter_map(named).collect();
+                failed(format!("the base has no chat template {wanted:?}; it has {}", names.join(", ")))
             }
             Some(Value::String(_)) => failed("the base has one chat template; take \"chat\"".to_owned()),
             _ => failed(

@@ -128,7 +128,9 @@ fn set_norms(weight: &mut [f32], magnitude: &[f32], columns: usize) {
     for (row, magnitude) in weight.chunks_exact_mut(columns).zip(magnitude) {
         let norm = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
         let factor = (f64::from(*magnitude) / norm) as f32;
-        row.iter_mut().for_each(|x| *x *= factor);
+        for x in row {
+            *x *= factor;
+        }
     }
 }
 

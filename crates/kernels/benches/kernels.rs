@@ -3,6 +3,8 @@
 //! floating-point operations.
 //!
 //!     cargo bench --package pronk-kernels --features flex
+
+#![allow(clippy::wildcard_imports)] // every module is a part of this file
 #![allow(clippy::unwrap_used)] // a benchmark reports by panicking
 
 use std::sync::Arc;
@@ -158,12 +160,11 @@ mod cross_entropy {
 
 fn frozen(format: Format, shape: [usize; 2]) -> FrozenLinear {
     let numbers: Vec<f32> = random(shape).into_data().try_into_vec().unwrap();
-    let matrix = match format {
-        Format::Nf4 => FrozenMatrix::nf4(shape, quantize_nf4(&numbers, true)).unwrap(),
-        _ => {
-            let halves = numbers.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes());
-            FrozenMatrix::dense(Format::Bf16, shape, Bytes::from_iter(halves)).unwrap()
-        }
+    let matrix = if format == Format::Nf4 {
+        FrozenMatrix::nf4(shape, quantize_nf4(&numbers, true)).unwrap()
+    } else {
+        let halves = numbers.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes());
+        FrozenMatrix::dense(Format::Bf16, shape, halves.collect::<Bytes>()).unwrap()
     };
     FrozenLinear::on_host(Arc::new(matrix), Precision::fastest(), None)
 }

@@ -65,7 +65,7 @@ fn forward<B: Host>(
     B::rewrite(y, |y| pair::<B>(factors, scale).add(y, B::numbers(x)))
 }
 
-fn pair<'a, B: Host>([a, b]: [&'a FloatTensor<B>; 2], scale: f32) -> Pair<'a> {
+fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scale: f32) -> Pair<'_> {
     assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
     Pair { a: B::numbers(a), b: B::numbers(b), rank: a.shape()[0], scale }
 }

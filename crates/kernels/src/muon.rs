@@ -26,15 +26,15 @@ impl Muon {
     pub fn step(
         &self,
         parameter: Tensor<2>,
-        gradient: Tensor<2>,
+        gradient: &Tensor<2>,
         momentum: &mut Tensor<2>,
         learning_rate: f64,
     ) -> Tensor<2> {
         let [rows, cols] = parameter.dims();
         let towards =
             |to: &Tensor<2>, from: &Tensor<2>| to.clone() * (1.0 - self.beta) + from.clone() * self.beta;
-        *momentum = towards(&gradient, momentum);
-        let update = orthogonalized(towards(&gradient, momentum));
+        *momentum = towards(gradient, momentum);
+        let update = orthogonalized(towards(gradient, momentum));
         // Tall matrices take larger steps, so that outputs move alike whatever the shape.
         let scale = (rows as f64 / cols as f64).max(1.0).sqrt();
         parameter * (1.0 - learning_rate * self.weight_decay) - update * (learning_rate * scale)

@@ -1,5 +1,8 @@
 //! Softmax of rows, and its pullback, where a row sees only some of its scores.
 
+// Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
+#![allow(clippy::inline_always)]
+
 use std::ops::Range;
 
 use crate::exp::exp;

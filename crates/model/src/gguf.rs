@@ -149,7 +149,9 @@ impl GgufFile {
                 values = interleaved_to_halves(&values, rows, heads);
             }
             if self.traits.norms_less_one && name.ends_with("norm.weight") {
-                values.iter_mut().for_each(|weight| *weight -= 1.0);
+                for weight in &mut values {
+                    *weight -= 1.0;
+                }
             }
             HostTensor::from_f32(&values, shape, Dtype::F32)
         }))

@@ -251,7 +251,7 @@ impl SafetensorsFiles {
 }
 
 fn is_pytorch(name: &str) -> bool {
-    name.ends_with(".bin")
+    Path::new(name).extension().is_some_and(|extension| extension == "bin")
 }
 
 fn broken(path: &Path, error: &safetensors::SafeTensorError) -> ModelError {

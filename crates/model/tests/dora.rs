@@ -1,6 +1,7 @@
 //! `DoRA` over bases of every kind: what it starts from, and what its norms are norms of.
-#![allow(clippy::unwrap_used)] // a test reports by panicking
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test reports by panicking
 
+#[allow(dead_code)] // what it shares is more than this test takes
 mod golden;
 
 use std::ops::ControlFlow;

@@ -35,6 +35,7 @@ impl OptimizerKind {
 
 /// What an optimizer remembers of one tensor.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // three a module: a few hundred in all
 pub(crate) enum TensorState {
     Moments(AdamWState),
     /// First and second moment.
@@ -126,7 +127,7 @@ fn stepped(
             tensor
         }
         TensorState::Momentum(momentum) if kind == OptimizerKind::Muon => {
-            Muon { weight_decay, ..Muon::default() }.step(tensor, gradient, momentum, learning_rate)
+            Muon { weight_decay, ..Muon::default() }.step(tensor, &gradient, momentum, learning_rate)
         }
         TensorState::Momentum(momentum) => {
             Lion { weight_decay, ..Lion::default() }.step(tensor, gradient, momentum, learning_rate)
@@ -140,6 +141,7 @@ pub(crate) fn numbers(tensor: &Tensor<2>) -> Result<Vec<f32>, TrainError> {
 }
 
 #[cfg(all(test, any(feature = "flex", feature = "tch")))]
+#[allow(clippy::unwrap_used)] // a test reports by panicking
 mod tests {
     use pronk_kernels::open_device;
     use pronk_lora::{LoraConfig, LoraPair};

@@ -62,10 +62,13 @@ struct SafetensorsHeader {
     metadata: HashMap<String, String>,
 }
 
+/// Writes all bytes of a tensor.
+type Writing<'a> = Box<dyn FnMut(&mut dyn Write) -> io::Result<()> + 'a>;
+
 /// A tensor to write: how many bytes, and how they are written.
 pub(crate) struct Tensor<'a> {
     pub(crate) bytes: u64,
-    pub(crate) write: Box<dyn FnMut(&mut dyn Write) -> io::Result<()> + 'a>,
+    pub(crate) write: Writing<'a>,
 }
 
 impl<'a> Tensor<'a> {

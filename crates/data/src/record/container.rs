@@ -81,12 +81,10 @@ fn text_container(start: &[u8], path: &Path, columns: &Columns) -> Result<Contai
     }
     let extension = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_ascii_lowercase();
     let extension = extension.trim_end_matches(".gz").trim_end_matches(".zst");
-    let named = if extension.ends_with(".tsv") {
-        Some(b'\t')
-    } else if extension.ends_with(".csv") {
-        Some(b',')
-    } else {
-        None
+    let named = match Path::new(extension).extension().and_then(|extension| extension.to_str()) {
+        Some("tsv") => Some(b'\t'),
+        Some("csv") => Some(b','),
+        _ => None,
     };
     for delimiter in [b',', b'\t', b';'] {
         if csv::holds_records(start, delimiter, columns) {

@@ -46,16 +46,15 @@ impl Iterator for Table {
                 let value = self.header.iter().zip(&row).map(pair).collect();
                 Ok(Raw { line, value: Ok(Value::Object(value)) })
             }
-            Err(error) => match error.kind() {
-                ErrorKind::UnequalLengths { pos, expected_len, len } => {
+            Err(error) => {
+                if let ErrorKind::UnequalLengths { pos, expected_len, len } = error.kind() {
                     let line = pos.as_ref().map(|place| place.line() as usize).or(line);
                     Ok(Raw { line, value: Err(format!("{len} fields, expected {expected_len}")) })
-                }
-                _ => {
+                } else {
                     self.done = true;
                     Err(broken(&self.path, error))
                 }
-            },
+            }
         })
     }
 }

@@ -74,6 +74,7 @@ const KNOWN: [RecordFormat; 5] = [
 
 impl RecordFormat {
     /// The format of records whose first ones are `first`: the one that fits most of them.
+    #[allow(clippy::needless_pass_by_value)] // an iterator, cloned for every pass
     pub(super) fn of<'a>(first: impl Iterator<Item = &'a Value> + Clone, columns: &Columns) -> Self {
         let fits = |format: &Self| first.clone().filter(|value| format.fits(value, columns)).count();
         // `max_by_key` takes the last of equals.
@@ -83,7 +84,7 @@ impl RecordFormat {
     /// Whether a table with these columns can hold such records.
     pub(super) fn of_columns(names: &[String], columns: &Columns) -> Option<Self> {
         let has = |field: &&str| names.iter().any(|name| name == columns.name(field));
-        KNOWN.into_iter().find(|format| format.required().iter().all(|field| has(field)))
+        KNOWN.into_iter().find(|format| format.required().iter().all(&has))
     }
 
     fn fits(self, value: &Value, columns: &Columns) -> bool {
@@ -112,7 +113,7 @@ impl RecordFormat {
                 kind(&value)
             ));
         };
-        let mut fields = Fields { fields, columns, wrong: Vec::new() };
+        let mut fields = Fields { left: fields, columns, wrong: Vec::new() };
         let record = match self {
             Self::Auto | Self::Alpaca => Some(fields.alpaca()),
             Self::ShareGpt => fields.dialogue("conversations"),
@@ -120,7 +121,7 @@ impl RecordFormat {
             Self::PromptCompletion => fields.prompt_completion(),
             Self::Text => Some(Record::Text { prompt: String::new(), completion: fields.text("text") }),
         };
-        let others: Vec<String> = fields.fields.into_iter().map(|(name, _)| name).collect();
+        let others: Vec<String> = fields.left.into_iter().map(|(name, _)| name).collect();
         match record {
             Some(record) if fields.wrong.is_empty() => Ok((record, others)),
             _ if fields.wrong.iter().all(|wrong| wrong.ends_with("is missing")) && !others.is_empty() => {
@@ -152,7 +153,7 @@ impl Columns {
 
 /// An object that is taken apart; what is left at the end was of no use.
 struct Fields<'a> {
-    fields: Map<String, Value>,
+    left: Map<String, Value>,
     columns: &'a Columns,
     wrong: Vec<String>,
 }
@@ -161,7 +162,7 @@ impl Fields<'_> {
     fn take(&mut self, field: &str) -> (String, Option<Value>) {
         let name = self.columns.name(field).to_owned();
         // Not `remove`, which would move the last field to this place.
-        let value = self.fields.shift_remove(&name);
+        let value = self.left.shift_remove(&name);
         (name, value)
     }
 
@@ -225,11 +226,11 @@ impl Fields<'_> {
     fn prompt_completion(&mut self) -> Option<Record> {
         let name = |field: &str| self.columns.name(field).to_owned();
         let (prompt, completion) = (name("prompt"), name("completion"));
-        let is_list = |name: &str| self.fields.get(name).is_some_and(Value::is_array);
+        let is_list = |name: &str| self.left.get(name).is_some_and(Value::is_array);
         if is_list(&prompt) && is_list(&completion) {
             let mut messages = Vec::new();
             for name in [&prompt, &completion] {
-                if let Some(Value::Array(part)) = self.fields.shift_remove(name) {
+                if let Some(Value::Array(part)) = self.left.shift_remove(name) {
                     messages.extend(part);
                 }
             }

@@ -2,6 +2,7 @@
 
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::de::IgnoredAny;
 
@@ -81,7 +82,7 @@ impl Iterator for Lines {
 
 /// Whether the whole file is one JSON value.
 fn is_one_value(path: &Path) -> bool {
-    container::bytes(path, &Default::default()).is_ok_and(|mut bytes| {
+    container::bytes(path, &Arc::default()).is_ok_and(|mut bytes| {
         if bytes.fill_buf().is_ok_and(|start| start.starts_with(b"\xef\xbb\xbf")) {
             bytes.consume(3);
         }
@@ -191,7 +192,7 @@ impl Array {
         let bytes = self.cut()?;
         let text = std::str::from_utf8(&bytes).map_err(|error| {
             let before = bytes.get(..error.valid_up_to()).unwrap_or_default();
-            let lines = before.iter().filter(|&&byte| byte == b'\n').count();
+            let lines = lines_in(before);
             DataError::NotUtf8 {
                 path: self.path.clone(),
                 offset: start.offset + error.valid_up_to(),
@@ -236,7 +237,7 @@ impl Array {
             self.place.offset += taken;
             match passed.iter().rposition(|&byte| byte == b'\n') {
                 Some(last) => {
-                    self.place.line += passed.iter().filter(|&&byte| byte == b'\n').count();
+                    self.place.line += lines_in(passed);
                     self.place.column = taken - last;
                 }
                 None => self.place.column += taken,
@@ -269,4 +270,10 @@ impl Iterator for Array {
         self.done = !matches!(found, Some(Ok(_)));
         found
     }
+}
+
+/// How many lines end in `bytes`.
+#[allow(clippy::naive_bytecount)] // of a record at most, and of a file only where it is broken
+fn lines_in(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|&&byte| byte == b'\n').count()
 }

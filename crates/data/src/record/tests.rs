@@ -9,6 +9,7 @@ use crate::error::DataError;
 
 /// A file read to its end.
 #[derive(Debug, Default)]
+#[allow(clippy::struct_field_names)] // as the reader names them
 struct Records {
     format: RecordFormat,
     records: Vec<Record>,
@@ -28,7 +29,9 @@ fn read_file(path: &Path, format: RecordFormat, columns: &Columns) -> Result<Rec
             Ok((record, ignored)) => {
                 found.records.push(record);
                 found.origins.push(origin);
-                ignored.into_iter().for_each(|field| *found.ignored_fields.entry(field).or_default() += 1);
+                for field in ignored {
+                    *found.ignored_fields.entry(field).or_default() += 1;
+                }
             }
             Err(message) => found.bad.push(RecordProblem { origin, message }),
         }

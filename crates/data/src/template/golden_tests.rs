@@ -33,7 +33,7 @@ fn check(name: &str, what: &str, ours: Result<String, DataError>, theirs: &Value
     match (ours, theirs["text"].as_str(), theirs["error"].as_str()) {
         (Ok(ours), Some(text), _) => assert_eq!(ours, text, "{name}: {what}"),
         (Err(ours), _, Some(error)) => {
-            assert!(ours.to_string().contains(error), "{name}: {ours} against {error}")
+            assert!(ours.to_string().contains(error), "{name}: {ours} against {error}");
         }
         (ours, ..) => panic!("{name}: {what}: {ours:?} against {theirs}"),
     }

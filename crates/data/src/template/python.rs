@@ -55,6 +55,7 @@ pub(super) fn with_generation_calls(source: &str) -> String {
     text
 }
 
+#[allow(clippy::needless_pass_by_value)] // as minijinja calls it
 fn generation(state: &mut State, arguments: Kwargs) -> Result<String, Error> {
     let body: Value = arguments.get::<Value>("caller")?.call(state, &[])?;
     Ok(format!("{OPEN}{body}{CLOSE}"))
@@ -75,6 +76,7 @@ fn strftime_now(format: &str) -> Result<String, Error> {
 }
 
 /// Python's `json.dumps` with the arguments that transformers passes on: nothing is escaped for HTML.
+#[allow(clippy::needless_pass_by_value)] // as minijinja calls it
 fn tojson(value: &Value, indent: Option<Value>, arguments: Kwargs) -> Result<String, Error> {
     let indent = indent.or(arguments.get::<Option<Value>>("indent")?).filter(|indent| !indent.is_none());
     let ascii: bool = arguments.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);

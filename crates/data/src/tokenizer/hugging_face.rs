@@ -35,7 +35,7 @@ pub(super) fn read(dir: &Path) -> Result<Parts, DataError> {
     let (tokenizer, place) = if !path.exists() && old.exists() {
         let added = object(&dir.join("added_tokens.json"))?;
         let Parts { tokenizer, place, config, .. } = sentence_piece::read(&old, &settings.config, &added)?;
-        settings.take_over(config);
+        settings.take_over(&config);
         (tokenizer, place)
     } else {
         (tokenizer_json(&path)?, path.display().to_string())
@@ -76,7 +76,7 @@ impl Settings {
     }
 
     /// Names of special tokens out of the vocabulary, for those that the directory does not tell.
-    fn take_over(&mut self, vocabulary: Map<String, Value>) {
+    fn take_over(&mut self, vocabulary: &Map<String, Value>) {
         for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
             if let (None, Some(name)) = (self.token_name(key), vocabulary.get(key)) {
                 self.config.insert(key.to_owned(), name.clone());

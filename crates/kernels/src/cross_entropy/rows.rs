@@ -25,7 +25,9 @@ fn softmax_less_target(row: &mut [f32], target: usize) -> f32 {
     let (at_target, columns) = (row[target], row.len());
     let (top, sum) = exponentials(row, 0..columns);
     let scale = 1.0 / sum;
-    row.iter_mut().for_each(|x| *x *= scale);
+    for x in &mut *row {
+        *x *= scale;
+    }
     row[target] -= 1.0;
     sum.ln() + top - at_target
 }

@@ -71,6 +71,7 @@ fn silu(x: f32) -> [f32; 2] {
 /// The tanh form of GELU, and its slope: `(1 + tanh(u)) / 2` is `sigmoid(2 u)`.
 #[inline(always)]
 fn gelu_tanh(x: f32) -> [f32; 2] {
+    #[allow(clippy::excessive_precision)] // the digits that there are
     const TWICE: f32 = 1.595_769_1; // 2 sqrt(2 / pi)
     const CUBE: f32 = 0.044_715;
     let square = x * x;

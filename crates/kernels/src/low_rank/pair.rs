@@ -41,7 +41,9 @@ impl Pair<'_> {
         let tasks = x.par_chunks(TOKENS * inputs).zip(low.par_chunks_mut(TOKENS * self.rank));
         y.pieces(TOKENS * outputs).zip(tasks).for_each(|(y, (x, low))| {
             multiply(Matrix::rows(x, inputs), self.a().transposed(), low, false);
-            low.iter_mut().for_each(|x| *x *= self.scale);
+            for x in &mut *low {
+                *x *= self.scale;
+            }
             multiply(Matrix::rows(low, self.rank), self.b().transposed(), y, true);
         });
         low
@@ -54,7 +56,9 @@ impl Pair<'_> {
         let tasks = dlow.par_chunks_mut(TOKENS * self.rank).zip(dy.par_chunks(TOKENS * outputs));
         tasks.for_each(|(dlow, dy)| {
             multiply(Matrix::rows(dy, outputs), self.b(), dlow, false);
-            dlow.iter_mut().for_each(|x| *x *= self.scale);
+            for x in dlow {
+                *x *= self.scale;
+            }
         });
         dlow
     }

@@ -78,7 +78,7 @@ fn muon_steps_by_its_momentum_made_orthogonal() {
         compare(
             "muon",
             shape,
-            |p, g, m| muon.step(p, g, m, rate),
+            |p, g, m| muon.step(p, &g, m, rate),
             |parameter, gradient, momentum| {
                 *momentum = mixed(0.95, momentum, 0.05, gradient);
                 let ahead = mixed(0.05, gradient, 0.95, momentum);
@@ -107,7 +107,7 @@ fn muons_step_is_nearly_orthogonal() {
     let gradient = Input::random(shape, 3).on(&device);
     let mut momentum = gradient.zeros_like();
     let muon = Muon::default();
-    let moved = muon.step(gradient.zeros_like(), gradient, &mut momentum, 1.0);
+    let moved = muon.step(gradient.zeros_like(), &gradient, &mut momentum, 1.0);
     let x = rows(&host(&moved), 64);
     let square = product(&x, &transposed(&x));
     for (i, row) in square.iter().enumerate() {

@@ -87,15 +87,13 @@ impl Keys {
             (None, Some(blocks)) => blocks,
             (None, None) => return None,
         };
-        match size {
-            Some(size) => SlidingWindow::new(size, blocks, layers.min(super::MOST_LAYERS)),
-            None => {
-                if listed.is_some() || family.traits().window != WindowKeys::All {
-                    self.problem("sliding_window: expected a whole number from 1, found none".into());
-                }
-                None
-            }
+        if let Some(size) = size {
+            return SlidingWindow::new(size, blocks, layers.min(super::MOST_LAYERS));
         }
+        if listed.is_some() || family.traits().window != WindowKeys::All {
+            self.problem("sliding_window: expected a whole number from 1, found none".into());
+        }
+        None
     }
 }
 
