@@ -1,6 +1,9 @@
 """Adapters cross over both ways: PEFT loads pronk's, pronk loads PEFT's, and the logits are the same."""
+import json
+
 import pytest
-from helpers import GOLDEN, TEXT, assert_different, assert_same, load, logits_of, pronk_logits
+from conftest import RECIPE
+from helpers import GOLDEN, ROOT, TEXT, assert_different, assert_same, load, logits_of, pronk, pronk_logits
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -42,3 +45,33 @@ def test_smollm2_with_a_peft_adapter(gguf, smollm2_hf, smollm2_adapter, tmp_path
     found = pronk_logits(tmp_path / "logits.safetensors", gguf, smollm2_adapter)
     assert_same(found.logits, logits_of(load(smollm2_hf, smollm2_adapter), found.token_ids))
     assert_different(found.logits, logits_of(load(smollm2_hf), found.token_ids))
+
+
+@pytest.mark.parametrize("method, other", [("cat", "rslora"), ("linear", "gqa")])
+def test_combined_as_peft_combines(method, other, tmp_path):
+    base, first, second = GOLDEN / "tiny-gqa", GOLDEN / "adapter-gqa", GOLDEN / f"adapter-{other}"
+    out = tmp_path / "combined"
+    pronk("adapter", "combine", "--adapter", first, "--weight", "0.7", "--adapter", second, "--weight", "-0.4",
+          "--out", out, "--method", method)  # fmt: skip
+    found = pronk_logits(tmp_path / "logits.safetensors", base, out)
+    assert_same(found.logits, logits_of(load(base, out), found.token_ids))
+
+    model = load(base, first)
+    model.load_adapter(str(second), "second")
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "both", combination_type=method)
+    model.set_adapter("both")
+    assert_same(found.logits, logits_of(model, found.token_ids))
+
+
+def test_dora_trained_here_loads_in_peft(tmp_path):
+    base, run = GOLDEN / "tiny-bias", tmp_path / "run"
+    recipe = tmp_path / "recipe.toml"
+    paths = {"base": base, "data": ROOT / "datasets" / "pronk.json", "run": run}
+    recipe.write_text(RECIPE.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
+    pronk("train", recipe, "--set", "lora.use_dora=true", "--set", "train.max_steps=4", "--set", "base.compute=f32")
+    found = pronk_logits(tmp_path / "logits.safetensors", base, run / "adapter")
+    assert_same(found.logits, logits_of(load(base, run / "adapter"), found.token_ids))
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(load(base, run / "adapter"))
+    assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in expected.items()}
+    assert sum("magnitude" in name for name in saved) == 14

@@ -26,6 +26,8 @@ pub enum Command {
     Bench(Bench),
     /// Adds an adapter to its base, and proves the result
     Merge(Merge),
+    /// Looks into adapters, and makes one of several
+    Adapter(AdapterArgs),
     /// Answers an instruction
     Generate(Generate),
     /// Shows what a prepared file holds, or what a model computes
@@ -148,6 +150,46 @@ pub struct Merge {
     pub dtype: Option<Dtype>,
     #[command(flatten)]
     pub device: DeviceArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct AdapterArgs {
+    #[command(subcommand)]
+    pub what: AdapterCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AdapterCommand {
+    /// What an adapter sits on, how large its updates are, and what is wrong with it
+    Info {
+        /// The adapter's directory
+        dir: PathBuf,
+    },
+    /// A weighted sum of adapters, as PEFT's `add_weighted_adapter` forms it
+    Combine(Combine),
+}
+
+#[derive(Debug, Args)]
+pub struct Combine {
+    /// An adapter's directory; once for each
+    #[arg(long, required = true, value_name = "DIR")]
+    pub adapter: Vec<PathBuf>,
+    /// Its weight; once for each, in the same order
+    #[arg(long, required = true, allow_negative_numbers = true)]
+    pub weight: Vec<f64>,
+    /// The directory to write; it must not exist, or be empty
+    #[arg(long)]
+    pub out: PathBuf,
+    /// cat: the exact sum, at the sum of the ranks. linear: sums of A and of B, at one rank
+    #[arg(long, value_enum, default_value = "cat")]
+    pub method: Method,
+}
+
+/// How adapters become one.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Method {
+    Cat,
+    Linear,
 }
 
 /// Formats of merged weights.

@@ -1,5 +1,6 @@
 //! One file a command.
 
+mod adapter;
 mod bench;
 mod devices;
 mod generate;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 use miette::Result;
 
-use crate::args::{Arguments, Command, What};
+use crate::args::{AdapterCommand, Arguments, Command, What};
 
 /// Runs what the command line asks for.
 pub fn run(arguments: Arguments) -> Result<ExitCode> {
@@ -24,6 +25,10 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Plan(args) => plan::run(&args),
         Command::Bench(args) => return bench::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Adapter(args) => match args.what {
+            AdapterCommand::Info { dir } => adapter::info(&dir),
+            AdapterCommand::Combine(args) => adapter::combine(&args),
+        },
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => match args.what {
             What::Data { file, row, base } => inspect::data(&file, row, base.as_deref()),

@@ -39,5 +39,5 @@ pub use record::{
     RecordReader,
 };
 pub use report::{FileReport, PrepareReport};
-pub use template::{PromptTemplate, Role, Segment};
+pub use template::{CHAT_TEMPLATE, PROMPT_TEMPLATE, PromptTemplate, Role, Segment};
 pub use tokenizer::{DecodeStream, Encoder, TextTokenizer};

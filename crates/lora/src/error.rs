@@ -47,6 +47,12 @@ pub enum LoraError {
         /// Each with tensor name, expected and found.
         problems: Vec<String>,
     },
+    /// Adapters that do not become one.
+    #[error("these adapters cannot be combined: {problem}")]
+    Combine {
+        /// Expected and found.
+        problem: String,
+    },
     /// An adapter not worth saving, or one that came back different from the disk.
     #[error("{path}: the adapter was not saved: {problem}")]
     NotSaved {

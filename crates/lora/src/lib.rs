@@ -6,6 +6,7 @@
 //! adapter stays. Adapter directories have the layout of Hugging Face's PEFT.
 
 mod adapter;
+mod combine;
 mod config;
 mod described;
 mod dora;
@@ -14,13 +15,16 @@ mod linear;
 mod packed;
 mod patterns;
 mod peft;
+mod summary;
 mod tensors;
 
 pub use adapter::{Adapter, LoraPair, ModuleShape, PartOf};
+pub use combine::Combination;
 pub use config::{LoraConfig, TargetModules};
 pub use dora::WeightNorms;
 pub use error::LoraError;
 pub use linear::{ForwardMode, LoraLinear, low_rank_update};
 pub use patterns::Patterns;
-pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
+pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of};
+pub use summary::ModuleSummary;
 pub use tensors::{Factor, TensorName};

@@ -3,6 +3,8 @@
 
 mod config_file;
 
+pub use config_file::base_of;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::Write;
@@ -13,7 +15,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use crate::{Adapter, Factor, LoraError, LoraPair, ModuleShape, TensorName};
+use crate::{Adapter, Factor, LoraConfig, LoraError, LoraPair, ModuleShape, TensorName};
 
 /// File name of the configuration.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -79,6 +81,22 @@ impl Adapter {
     /// Reads an adapter directory that PEFT, or this crate, has written, and checks it against
     /// the base's `modules`.
     pub fn load(dir: &Path, modules: &[ModuleShape], device: &Device) -> Result<Self, LoraError> {
+        let chosen = |config: &LoraConfig, _: &SafeTensors| {
+            Ok(config.select(modules)?.into_iter().cloned().collect::<Vec<_>>())
+        };
+        Self::load_chosen(dir, chosen, device)
+    }
+
+    /// Reads an adapter directory without its base: the modules are those that the file has factors of.
+    pub fn load_alone(dir: &Path, device: &Device) -> Result<Self, LoraError> {
+        Self::load_chosen(dir, |_, file| Ok(modules_of(file)), device)
+    }
+
+    fn load_chosen(
+        dir: &Path,
+        choose: impl FnOnce(&LoraConfig, &SafeTensors) -> Result<Vec<ModuleShape>, LoraError>,
+        device: &Device,
+    ) -> Result<Self, LoraError> {
         let config = config_file::load(dir)?;
         let path = dir.join(ADAPTER_WEIGHTS);
         let bytes = read(&path)?;
@@ -96,7 +114,7 @@ impl Adapter {
             }
         }
         let mut pairs = BTreeMap::new();
-        for module in config.select(modules)? {
+        for module in choose(&config, &file)? {
             let rank = config.rank_of(&module.name);
             let mut tensor = |factor, shape: [usize; 2]| {
                 let key = key(&TensorName::new(&module.name, factor));
@@ -145,6 +163,20 @@ impl Adapter {
             self.pairs.iter().map(|(name, p)| ModuleShape::new(name, p.a.dims()[1], p.b.dims()[0])).collect();
         self.config.target_modules.spelled_out(&modules.iter().collect::<Vec<_>>())
     }
+}
+
+/// The modules that `file` has both factors of, in the order of their names.
+fn modules_of(file: &SafeTensors) -> Vec<ModuleShape> {
+    let dimension = |key: &str, at: usize| file.tensor(key).ok()?.shape().get(at).copied();
+    let end = format!(".{}.weight", Factor::A);
+    let module = |name: &str| {
+        let module = name.strip_prefix(PREFIX)?.strip_suffix(&end)?;
+        let rows = dimension(&key(&TensorName::new(module, Factor::B)), 0)?;
+        Some(ModuleShape::new(module, dimension(name, 1)?, rows))
+    };
+    let mut modules: Vec<ModuleShape> = file.names().into_iter().filter_map(module).collect();
+    modules.sort_by(|x, y| x.name.cmp(&y.name));
+    modules
 }
 
 fn serialize(tensors: &[HostTensor]) -> Result<Vec<u8>, safetensors::SafeTensorError> {

@@ -41,6 +41,14 @@ pub fn to_json(config: &LoraConfig, targets: &[String], base: &str) -> String {
     format!("{value:#}\n")
 }
 
+/// What base the adapter in `dir` says it belongs to.
+pub fn base_of(dir: &Path) -> Result<Option<String>, LoraError> {
+    let path = dir.join(ADAPTER_CONFIG);
+    let value: Value = serde_json::from_slice(&read(&path)?)
+        .map_err(|e| LoraError::Malformed { path, problem: e.to_string() })?;
+    Ok(value["base_model_name_or_path"].as_str().map(str::to_owned))
+}
+
 /// The configuration, with a refusal by name of everything that would change the result.
 pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
     let path = dir.join(ADAPTER_CONFIG);

@@ -1,0 +1,146 @@
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use pronk_data::{CHAT_TEMPLATE, PROMPT_TEMPLATE};
+use pronk_kernels::open_device;
+use pronk_lora::{Adapter, Combination, ModuleSummary, base_of};
+
+use crate::args::{Combine, Method};
+use crate::terminal::print;
+
+/// `pronk adapter info`
+pub fn info(dir: &Path) -> Result<()> {
+    let adapter = load(dir)?;
+    let modules = adapter.summary().into_diagnostic()?;
+    let base = base_of(dir).into_diagnostic()?;
+    print(&describe(&adapter, &modules, base.as_deref()));
+    Ok(())
+}
+
+fn load(dir: &Path) -> Result<Adapter> {
+    Adapter::load_alone(dir, &open_device("cpu").into_diagnostic()?).into_diagnostic()
+}
+
+/// A table with a line for every kind of module, and what is wrong.
+fn describe(adapter: &Adapter, modules: &[ModuleSummary], base: Option<&str>) -> String {
+    let config = &adapter.config;
+    let mut kinds: BTreeMap<&str, Vec<&ModuleSummary>> = BTreeMap::new();
+    for module in modules {
+        kinds.entry(module.name.rsplit('.').next().unwrap_or(&module.name)).or_default().push(module);
+    }
+    let kind = if config.use_dora { "DoRA" } else { "LoRA" };
+    let parameters: usize = modules.iter().map(|module| module.parameters).sum();
+    let mut text = format!(
+        "{kind}, {parameters} parameters in {} modules of {}\nrank {}, alpha {}, dropout {}{}\n\n\
+         {:<14} {:>7} {:>6} {:>10} {:>12} {:>10} {:>10}\n",
+        modules.len(),
+        base.unwrap_or("a base that it does not name"),
+        config.rank,
+        config.alpha,
+        config.dropout,
+        if config.rslora { ", scaled by alpha / sqrt(rank)" } else { "" },
+        "module",
+        "layers",
+        "rank",
+        "scale",
+        "parameters",
+        "mean norm",
+        "largest",
+    );
+    for (kind, modules) in kinds {
+        let norms = || modules.iter().map(|module| module.norm);
+        text += &format!(
+            "{kind:<14} {:>7} {:>6} {:>10} {:>12} {:>10.4} {:>10.4}\n",
+            modules.len(),
+            range(modules.iter().map(|module| module.rank as f64)),
+            range(modules.iter().map(|module| module.scale)),
+            modules.iter().map(|module| module.parameters).sum::<usize>(),
+            norms().sum::<f64>() / modules.len() as f64,
+            norms().fold(0.0, f64::max),
+        );
+    }
+    text += "\nnorms are those of scale * B A\n";
+    text + &warnings(modules)
+}
+
+/// One number, or the lowest and the highest.
+fn range(values: impl Iterator<Item = f64>) -> String {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.dedup();
+    let short = |value: &f64| format!("{}", (value * 1e4).round() / 1e4);
+    match (values.first(), values.last()) {
+        (Some(low), Some(high)) if values.len() > 1 => format!("{}-{}", short(low), short(high)),
+        (Some(only), _) => short(only),
+        _ => String::new(),
+    }
+}
+
+fn warnings(modules: &[ModuleSummary]) -> String {
+    let named = |modules: Vec<&ModuleSummary>, what: &str| match modules.first() {
+        Some(first) => format!("warning: {} module(s) {what}, such as {}\n", modules.len(), first.name),
+        None => String::new(),
+    };
+    let broken = modules.iter().filter(|module| !module.finite).collect();
+    let idle = modules.iter().filter(|module| module.finite && module.norm == 0.0).collect();
+    named(broken, "hold numbers that are not finite") + &named(idle, "change nothing: A or B is zero")
+}
+
+/// `pronk adapter combine`
+pub fn combine(args: &Combine) -> Result<()> {
+    let (dirs, weights) = (&args.adapter, &args.weight);
+    if dirs.len() != weights.len() {
+        let (given, weights) = (dirs.len(), weights.len());
+        return Err(miette!("--weight: expected one for each --adapter, found {weights} for {given}"));
+    }
+    must_be_new(&args.out)?;
+    let adapters = dirs.iter().map(|dir| load(dir)).collect::<Result<Vec<_>>>()?;
+    let bases = dirs.iter().map(|dir| base_of(dir).into_diagnostic()).collect::<Result<Vec<_>>>()?;
+    let base = bases.first().cloned().flatten().unwrap_or_default();
+    for (dir, other) in dirs.iter().zip(&bases) {
+        if other.as_deref() != Some(base.as_str()) {
+            let other = other.as_deref().unwrap_or("none");
+            eprintln!("note: {} belongs to the base {other}, the first one to {base}", dir.display());
+        }
+    }
+    let weighted: Vec<(&Adapter, f64)> = adapters.iter().zip(weights.iter().copied()).collect();
+    let how = match args.method {
+        Method::Cat => Combination::Cat,
+        Method::Linear => Combination::Linear,
+    };
+    let combined = Adapter::combine(&weighted, how).into_diagnostic()?;
+    combined.save(&args.out, &base, false).into_diagnostic()?;
+    copy_common_template(dirs, &args.out)?;
+    let modules = combined.summary().into_diagnostic()?;
+    print(&describe(&combined, &modules, Some(&base)));
+    Ok(())
+}
+
+/// Refuses a directory with something in it.
+fn must_be_new(out: &Path) -> Result<()> {
+    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(miette!("--out: {} is there already, and not empty", out.display()));
+    }
+    Ok(())
+}
+
+/// The template of all goes along; of different ones none would be right.
+fn copy_common_template(dirs: &[PathBuf], out: &Path) -> Result<()> {
+    for name in [CHAT_TEMPLATE, PROMPT_TEMPLATE] {
+        let sources: Vec<Option<String>> =
+            dirs.iter().map(|dir| fs::read_to_string(dir.join(name)).ok()).collect();
+        match sources.first() {
+            Some(Some(first)) if sources.iter().all(|source| source.as_ref() == Some(first)) => {
+                let path = out.join(name);
+                fs::write(&path, first).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+            }
+            _ if sources.iter().any(Option::is_some) => {
+                eprintln!("note: the adapters have templates of their own ({name}); none goes along");
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
