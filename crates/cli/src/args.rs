@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use pronk_data::{Learn, RecordFormat};
+use pronk_export::Runtime;
 use pronk_model::Scheme;
 
 /// Cheap instruction tuning: a `LoRA` adapter and a merged model from an instruction JSON.
@@ -28,6 +29,8 @@ pub enum Command {
     Merge(Merge),
     /// Looks into adapters, and makes one of several
     Adapter(AdapterArgs),
+    /// Writes an adapter for another runtime, and proves the result
+    Export(Export),
     /// Answers an instruction
     Generate(Generate),
     /// Shows what a prepared file holds, or what a model computes
@@ -190,6 +193,24 @@ pub struct Combine {
 pub enum Method {
     Cat,
     Linear,
+}
+
+#[derive(Debug, Args)]
+pub struct Export {
+    /// The base: a Hugging Face directory, a GGUF file, or a hub id
+    #[arg(long)]
+    pub base: String,
+    /// The adapter's directory
+    #[arg(long)]
+    pub adapter: PathBuf,
+    /// Who is to load it: peft, gguf (llama.cpp), mlx, ollama, vllm, mistralrs
+    #[arg(long, value_name = "RUNTIME")]
+    pub to: Runtime,
+    /// The directory to write; it must not exist, or be empty
+    #[arg(long)]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub device: DeviceArgument,
 }
 
 /// Formats of merged weights.

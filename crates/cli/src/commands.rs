@@ -3,6 +3,7 @@
 mod adapter;
 mod bench;
 mod devices;
+mod export;
 mod generate;
 mod inspect;
 mod merge;
@@ -29,6 +30,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
             AdapterCommand::Info { dir } => adapter::info(&dir),
             AdapterCommand::Combine(args) => adapter::combine(&args),
         },
+        Command::Export(args) => export::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => match args.what {
             What::Data { file, row, base } => inspect::data(&file, row, base.as_deref()),

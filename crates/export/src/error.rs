@@ -1,14 +1,20 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use pronk_lora::LoraError;
 use pronk_model::ModelError;
 
-/// What can go wrong with a merge. Nothing of the merged model is left behind then.
+use crate::Runtime;
+
+/// What can go wrong with a merge or an export. Nothing of what was to be written is left behind then.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     /// A base, or a merged model, that cannot be read, or a destination that cannot be written to.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// An adapter that cannot be read or written.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
     /// A file or a directory that cannot be read or written.
     #[error("{path}: {source}")]
     Io {
@@ -23,6 +29,23 @@ pub enum ExportError {
         /// What was asked for.
         found: String,
     },
+    /// A runtime that is not known.
+    #[error("expected peft, gguf, mlx, ollama, vllm or mistralrs, found '{found}'")]
+    UnknownRuntime {
+        /// What was asked for.
+        found: String,
+    },
+    /// An adapter that a runtime cannot load; all the reasons at once.
+    #[error("{runtime} cannot load this adapter:\n  {}", .problems.join("\n  "))]
+    Refused {
+        /// The runtime.
+        runtime: Runtime,
+        /// Each with what to do.
+        problems: Vec<String>,
+    },
+    /// An adapter that is the base again, under another name.
+    #[error("every B of this adapter is zero, so that it changes nothing: train it first")]
+    ChangesNothing,
     /// An adapter that was trained on another base; all the reasons at once.
     #[error("this adapter does not fit the base {base}:\n  {}", .problems.join("\n  "))]
     DoesNotFit {
@@ -51,8 +74,8 @@ pub enum ExportError {
         /// Expected and found.
         problem: String,
     },
-    /// What the caller adds to the merged model failed.
-    #[error("the merged model could not be completed: {0}")]
+    /// What the caller adds to the files failed.
+    #[error("what was written could not be completed: {0}")]
     Finish(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Tokens that the models cannot be compared on.
     #[error("the tokens to verify with: {problem}")]
@@ -60,9 +83,11 @@ pub enum ExportError {
         /// Expected and found.
         problem: String,
     },
-    /// A merged model that answers unlike base and adapter.
-    #[error("the merged model does not answer as base and adapter do: {problem}")]
+    /// What was written answers unlike base and adapter.
+    #[error("{what} does not answer as base and adapter do: {problem}")]
     Unfaithful {
+        /// The merged model, or the exported adapter.
+        what: &'static str,
         /// What was compared, expected and found, and what to do.
         problem: String,
     },

@@ -22,32 +22,8 @@ impl<'a> Update<'a> {
     /// Checks every module of `adapter` against the linear layers of `base`; lists all problems.
     pub fn new(base: &'a Base, adapter: &Adapter, dtype: Option<Dtype>) -> Result<Self, ExportError> {
         let adapter = adapter.onto_packed(&base.config.adapter_modules());
-        let modules = base.config.linear_modules();
-        let modules: BTreeMap<&str, &ModuleShape> = modules.iter().map(|m| (m.name.as_str(), m)).collect();
-        let problem = |(name, pair): (&String, &LoraPair)| {
-            let rank = pair.rank();
-            let Some(module) = modules.get(name.as_str()) else {
-                return Some(format!("{name}: the base's blocks have no such linear layer"));
-            };
-            let expected = ([rank, module.in_features], [module.out_features, rank]);
-            let found = (pair.a.dims(), pair.b.dims());
-            let magnitude = pair.magnitude.as_ref().map(|m| m.dims()[1]);
-            if let Some(found) = magnitude.filter(|rows| *rows != module.out_features) {
-                let expected = module.out_features;
-                return Some(format!("{name}: expected {expected} magnitudes, found {found}"));
-            }
-            (found != expected)
-                .then(|| format!("{name}: expected A and B of shapes {expected:?}, found {found:?}"))
-        };
-        let mut problems: Vec<String> = adapter.pairs.iter().filter_map(problem).collect();
-        if adapter.pairs.values().all(|pair| pair.rank() == 0) {
-            problems.push("it adapts no module at all".into());
-        }
-        if problems.is_empty() {
-            Ok(Self { base, adapter, dtype })
-        } else {
-            Err(ExportError::DoesNotFit { base: base.path.clone(), problems })
-        }
+        check_fit(base, &adapter)?;
+        Ok(Self { base, adapter, dtype })
     }
 
     /// The format in which the tensor called `name` is written. What is quantized in the base, and
@@ -96,6 +72,36 @@ impl<'a> Update<'a> {
             });
         }
         Ok(HostTensor::from_f32(&weight, host.shape, dtype.in_file()))
+    }
+}
+
+/// Checks every module of `adapter` against the linear layers of `base`; lists all problems.
+pub fn check_fit(base: &Base, adapter: &Adapter) -> Result<(), ExportError> {
+    let modules = base.config.linear_modules();
+    let modules: BTreeMap<&str, &ModuleShape> = modules.iter().map(|m| (m.name.as_str(), m)).collect();
+    let problem = |(name, pair): (&String, &LoraPair)| {
+        let rank = pair.rank();
+        let Some(module) = modules.get(name.as_str()) else {
+            return Some(format!("{name}: the base's blocks have no such linear layer"));
+        };
+        let expected = ([rank, module.in_features], [module.out_features, rank]);
+        let found = (pair.a.dims(), pair.b.dims());
+        let magnitude = pair.magnitude.as_ref().map(|m| m.dims()[1]);
+        if let Some(found) = magnitude.filter(|rows| *rows != module.out_features) {
+            let expected = module.out_features;
+            return Some(format!("{name}: expected {expected} magnitudes, found {found}"));
+        }
+        (found != expected)
+            .then(|| format!("{name}: expected A and B of shapes {expected:?}, found {found:?}"))
+    };
+    let mut problems: Vec<String> = adapter.pairs.iter().filter_map(problem).collect();
+    if adapter.pairs.values().all(|pair| pair.rank() == 0) {
+        problems.push("it adapts no module at all".into());
+    }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(ExportError::DoesNotFit { base: base.path.clone(), problems })
     }
 }
 

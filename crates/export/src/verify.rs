@@ -41,13 +41,38 @@ pub fn verify(
     let merged = Base::open(merged)?;
     if merged.config != base.config {
         return Err(ExportError::Unfaithful {
+            what: "the merged model",
             problem: format!("expected the configuration {:?}, found {:?}", base.config, merged.config),
         });
     }
     let expected = logits("base and adapter", base, Some(adapter), prompt, device)?;
     let found = logits("the merged model", &merged, None, prompt, device)?;
     let result = compare(&expected, &found, base.config.vocab_size);
-    let dtype = coarsest(&merged)?;
+    within("the merged model", result, coarsest(&merged)?, device)
+}
+
+/// Compares the adapter `found`, as another runtime reads it, with `adapter` on `base` and `prompt`, in the same way.
+pub fn verify_adapter(
+    base: &Base,
+    adapter: &Adapter,
+    found: &Adapter,
+    prompt: &[u32],
+    device: &Device,
+) -> Result<Verification, ExportError> {
+    check_prompt(base, prompt)?;
+    let expected = logits("base and adapter", base, Some(adapter), prompt, device)?;
+    let found = logits("base and exported adapter", base, Some(found), prompt, device)?;
+    let result = compare(&expected, &found, base.config.vocab_size);
+    within("the exported adapter", result, Dtype::F32, device)
+}
+
+/// `result`, unless `what`, kept in `dtype`, diverges by more than rounding explains.
+fn within(
+    what: &'static str,
+    result: Verification,
+    dtype: Dtype,
+    device: &Device,
+) -> Result<Verification, ExportError> {
     let bound = bound(dtype, device);
     if result.kl <= bound {
         return Ok(result);
@@ -57,6 +82,7 @@ pub fn verify(
         _ => "try --dtype f32: if that fails too, it is a fault of pronk's, please report it",
     };
     Err(ExportError::Unfaithful {
+        what,
         problem: format!(
             "expected a KL divergence of at most {bound:.0e} nats ({}), found {:.3e}, and logits that differ by up \
              to {:.3e} of {:.3e}; {remedy}",
@@ -80,7 +106,7 @@ pub fn check_prompt(base: &Base, prompt: &[u32]) -> Result<(), ExportError> {
 }
 
 fn logits(
-    whose: &str,
+    whose: &'static str,
     base: &Base,
     adapter: Option<&Adapter>,
     prompt: &[u32],
@@ -93,7 +119,7 @@ fn logits(
     match logits.iter().find(|x| !x.is_finite()) {
         Some(x) => {
             let problem = format!("expected finite logits, found {x} among those of {whose}");
-            Err(ExportError::Unfaithful { problem })
+            Err(ExportError::Unfaithful { what: whose, problem })
         }
         None => Ok(logits),
     }

@@ -1,16 +1,22 @@
 //! A GGUF file as a base: its metadata as a configuration, its tensors under Hugging Face's
 //! names and in Hugging Face's row order, kept as they are.
 
+mod adapter;
 mod config;
+mod encode;
 mod formats;
+mod hyper;
 mod names;
+mod rows;
+mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
-use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
+pub use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::gguf_file::{Content, TensorInfo};
 use pronk_kernels::{Format, FrozenError, FrozenMatrix};
 use safetensors::Dtype;
 
@@ -19,6 +25,10 @@ use crate::mapped::{MappedFile, Pages};
 use crate::{DecoderConfig, HostTensor, ModelError};
 use config::ROPE_FREQS;
 use names::hugging_face_name;
+use rows::interleaved_to_halves;
+
+pub use adapter::{GgufAdapter, GgufPair};
+pub use writer::{GgufTensor, GgufWriter};
 
 /// An opened GGUF file.
 pub struct GgufFile {
@@ -40,11 +50,7 @@ impl std::fmt::Debug for GgufFile {
 
 impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<(Self, DecoderConfig), ModelError> {
-        let mapped = MappedFile::open(path)?;
-        let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| unreadable(path, &e))?;
-        let (names, traits) = (BTreeMap::new(), Family::Llama.traits());
-        let mut file = Self { path: path.into(), mapped, content, names, traits, heads: 1, kv_heads: 1 };
-        file.check_length()?;
+        let mut file = Self::container(path)?;
         let family = file.family()?;
         file.traits = family.traits();
         let named = |name: &String| (hugging_face_name(name, file.traits), name.clone());
@@ -54,6 +60,16 @@ impl GgufFile {
         // The frequencies' factors are the configuration's, not a weight.
         file.names.remove(ROPE_FREQS);
         Ok((file, config))
+    }
+
+    /// A whole GGUF file, whatever is in it.
+    fn container(path: &Path) -> Result<Self, ModelError> {
+        let mapped = MappedFile::open(path)?;
+        let content = Content::read(&mut Cursor::new(&mapped[..])).map_err(|e| unreadable(path, &e))?;
+        let (names, traits) = (BTreeMap::new(), Family::Llama.traits());
+        let file = Self { path: path.into(), mapped, content, names, traits, heads: 1, kv_heads: 1 };
+        file.check_length()?;
+        Ok(file)
     }
 
     /// Refuses a file that ends before its last tensor does, as one whose download broke off.
@@ -96,6 +112,14 @@ impl GgufFile {
     /// A list of numbers of the metadata; empty where there is none.
     pub fn numbers(&self, key: &str) -> Vec<f64> {
         self.list(key).iter().filter_map(number).collect()
+    }
+
+    /// All of the metadata, sorted by key.
+    pub fn metadata(&self) -> Vec<(String, Value)> {
+        let mut all: Vec<(String, Value)> =
+            self.content.metadata.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
     }
 
     fn list(&self, key: &str) -> &[Value] {
@@ -246,31 +270,4 @@ fn unreadable(path: &Path, error: &candle_core::Error) -> ModelError {
 /// The reader's own words: with `RUST_BACKTRACE` set, it puts a backtrace behind them.
 fn first_line(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
-}
-
-/// llama.cpp turns neighbouring rows of a head together, Hugging Face rows half a head apart.
-/// Row `2 i + j` of a head here is row `i + j * head_dim / 2` there.
-fn interleaved_to_halves(values: &[f32], rows: usize, heads: usize) -> Vec<f32> {
-    if rows == 0 || heads == 0 || !rows.is_multiple_of(2 * heads) {
-        return values.to_vec();
-    }
-    let (width, head_dim) = (values.len() / rows, rows / heads);
-    let source = |row: usize| {
-        let (head, within) = (row / head_dim, row % head_dim);
-        let (half, i) = (within / (head_dim / 2), within % (head_dim / 2));
-        head * head_dim + 2 * i + half
-    };
-    (0..rows).flat_map(|row| &values[source(row) * width..][..width]).copied().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_move_from_pairs_to_halves() {
-        // two heads of four rows, one column
-        let rows = [0., 1., 2., 3., 10., 11., 12., 13.];
-        assert_eq!(interleaved_to_halves(&rows, 8, 2), [0., 2., 1., 3., 10., 12., 11., 13.]);
-    }
 }

@@ -36,7 +36,7 @@ pub use decoder::{Decoder, Visit};
 pub use error::ModelError;
 pub use family::Family;
 pub use generate::{Sampling, generate};
-pub use gguf::GgufFile;
+pub use gguf::{GgufAdapter, GgufFile, GgufPair, GgufTensor, GgufWriter, Value as GgufValue};
 pub use host_tensor::HostTensor;
 pub use layout::Layout;
 pub use loader::{LoadConfig, Memory, Residency, WeightBytes};

@@ -214,7 +214,7 @@ impl OpenShard {
 }
 
 /// What the system said, and where the disk is too small, how much of it is needed.
-fn unwritten(path: &Path, error: io::Error, total: u64) -> ModelError {
+pub fn unwritten(path: &Path, error: io::Error, total: u64) -> ModelError {
     let kind = error.kind();
     let too_small = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge];
     if !too_small.contains(&kind) {

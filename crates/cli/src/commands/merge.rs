@@ -1,17 +1,14 @@
 use std::path::Path;
 
 use miette::{IntoDiagnostic, Result};
-use pronk_data::{Conversation, PromptTemplate, tokenize_prompt};
-use pronk_export::{Dtype, MergeOptions, MergeReport, Verification, merge};
+use pronk_data::PromptTemplate;
+use pronk_export::{Dtype, MergeOptions, MergeReport, merge};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
 
 use crate::args::{self, Merge};
 use crate::terminal::print;
-use crate::{base, progress};
-
-/// The merged model is compared with base and adapter on this instruction.
-const PROOF: &str = "Explain in two sentences how a seed becomes a tree.";
+use crate::{base, progress, proof};
 
 /// `pronk merge`
 pub fn run(args: &Merge) -> Result<()> {
@@ -26,11 +23,7 @@ pub fn run(args: &Merge) -> Result<()> {
     let device = open_device(&args.device.device).into_diagnostic()?;
     let modules = opened.base.config.adapter_modules();
     let adapter = Adapter::load(&args.adapter, &modules, &device).into_diagnostic()?;
-    let template = base::template(None, Some(&args.adapter), &opened.tokenizer)?;
-    let proof = Conversation::question(PROOF, "");
-    let mut prompt = tokenize_prompt(&opened.tokenizer, &proof, &template).into_diagnostic()?;
-    prompt.truncate(opened.base.config.max_position_embeddings);
-    opened.must_embed(prompt.iter().max().copied())?;
+    let prompt = proof::prompt(&opened, &args.adapter)?;
 
     let dtype = args.dtype.map(|dtype| match dtype {
         args::Dtype::F32 => Dtype::F32,
@@ -55,14 +48,13 @@ pub fn run(args: &Merge) -> Result<()> {
     let report = merge(&opened.base, &adapter, &args.out, &options, &device, &mut progress, &mut finish);
     bar.finish_and_clear();
     let MergeReport { files, tensors, adapted, bytes, verification } = report.into_diagnostic()?;
-    let Verification { max_abs_difference, max_logit, kl } = verification;
     print(&format!(
         "merged {adapted} of {tensors} tensors into {} file(s), {:.2} GB: {}\n\
-         against base + adapter: logits differ by {max_abs_difference:.2e} at most (largest logit {max_logit:.1}), \
-         KL {kl:.2e} nats\n",
+         {}",
         files.len(),
         bytes as f64 / 1e9,
-        args.out.display()
+        args.out.display(),
+        proof::shown(verification)
     ));
     Ok(())
 }

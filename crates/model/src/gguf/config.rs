@@ -9,8 +9,8 @@ use crate::{DecoderConfig, ModelError, SlidingWindow, Windowed};
 
 /// Llama 3's factors of the rotary frequencies, kept as a tensor.
 pub const ROPE_FREQS: &str = "rope_freqs.weight";
-/// Scaling factors of Llama 3.1 and 3.2.
-const LLAMA3_RELEASES: [f64; 2] = [8.0, 32.0];
+/// Powers of two that Llama 3's first contexts, 8192, are looked for among.
+const LLAMA3_CONTEXTS: std::ops::RangeInclusive<u32> = 5..=20;
 
 /// Blocks of Gemma 2's and Gemma 3's 27B, where llama.cpp scales scores by the width of a head as it
 /// would be without `head_dim`.
@@ -81,16 +81,14 @@ impl GgufFile {
             rope_local_base_freq: (family == Family::Gemma3)
                 .then(|| shortest(self.hyper("rope.freq_base_swa").unwrap_or(GEMMA3_LOCAL_THETA))),
             sliding_window: self.sliding_window(family, num_hidden_layers),
-            query_pre_attn_scalar: GEMMA_27B
-                .contains(&(family, num_hidden_layers))
-                .then(|| hidden_size as f64 / num_attention_heads as f64)
-                .or(family.traits().scaled_embeddings.then_some(head_dim as f64)),
+            query_pre_attn_scalar: None,
             attn_logit_softcapping: self.hyper("attn_logit_softcapping").map(shortest),
             final_logit_softcapping: self.hyper("final_logit_softcapping").map(shortest),
             tie_word_embeddings: !shapes.contains_key("lm_head.weight"),
             attention_bias: shapes.contains_key("model.layers.0.self_attn.o_proj.bias"),
             mlp_bias: shapes.contains_key("model.layers.0.mlp.up_proj.bias"),
         };
+        let config = DecoderConfig { query_pre_attn_scalar: query_pre_attn_scalar(&config), ..config };
         problems.extend(config.inconsistencies());
         if self.hyper("expert_count").is_some_and(|n| n > 0.0) {
             problems.push(format!("{arch}.expert_count: mixtures of experts are not supported"));
@@ -126,26 +124,13 @@ impl GgufFile {
         })
     }
 
-    /// llama.cpp stores Llama 3's scaling as the factors of the frequencies. The four numbers
-    /// behind them are those of a release: the release whose factors these are is looked up.
+    /// llama.cpp stores Llama 3's scaling as the factors of the frequencies; the numbers behind them are found
+    /// again.
     fn rope_scaling(&self, config: &DecoderConfig) -> Result<RopeScaling, String> {
         if self.content.tensor_infos.contains_key(ROPE_FREQS) {
             let (factors, _) = self.dequantize(ROPE_FREQS).map_err(|e| e.to_string())?;
-            let fits = |scaling: &RopeScaling| {
-                let ours = scaling.factors(config.head_dim, config.rope_theta);
-                ours.len() == factors.len()
-                    && ours.iter().zip(&factors).all(|(a, &b)| (a / f64::from(b) - 1.0).abs() < 1e-3)
-            };
-            return LLAMA3_RELEASES
-                .map(|factor| RopeScaling::Llama3 {
-                    factor,
-                    low_freq_factor: 1.0,
-                    high_freq_factor: 4.0,
-                    original_context: 8192.0,
-                })
-                .into_iter()
-                .find(fits)
-                .ok_or_else(|| format!("{ROPE_FREQS}: these factors are those of no known Llama 3 release"));
+            return llama3_scaling(&factors, config.head_dim, config.rope_theta)
+                .ok_or_else(|| format!("{ROPE_FREQS}: these factors are those of no Llama 3"));
         }
         let arch = config.traits().gguf;
         match self.text(&format!("{arch}.rope.scaling.type")).unwrap_or("none") {
@@ -157,6 +142,32 @@ impl GgufFile {
             other => Err(format!("{arch}.rope.scaling.type: \"{other}\" is not supported")),
         }
     }
+}
+
+/// What llama.cpp divides scores by the square root of, where that is not the width of a head: no key tells it.
+pub fn query_pre_attn_scalar(config: &DecoderConfig) -> Option<f64> {
+    if GEMMA_27B.contains(&(config.family, config.num_hidden_layers)) {
+        return Some(config.hidden_size as f64 / config.num_attention_heads as f64);
+    }
+    config.traits().scaled_embeddings.then_some(config.head_dim as f64)
+}
+
+/// The scaling that has these factors: by the largest of them, over every context that a base could have been
+/// trained with first. Where its slow and its fast turns end is the same in all releases.
+fn llama3_scaling(factors: &[f32], head_dim: usize, theta: f64) -> Option<RopeScaling> {
+    let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
+    let fits = |scaling: &RopeScaling| {
+        let ours = scaling.factors(head_dim, theta);
+        ours.len() == factors.len()
+            && ours.iter().zip(factors).all(|(a, &b)| (a / f64::from(b) - 1.0).abs() < 1e-3)
+    };
+    let scaling = |exponent| RopeScaling::Llama3 {
+        factor: shortest(factor),
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_context: f64::from(1_u32 << exponent),
+    };
+    LLAMA3_CONTEXTS.map(scaling).find(fits)
 }
 
 /// GGUF holds constants as float32: the shortest decimal of it is what was meant (1e-5, not

@@ -21,6 +21,45 @@ pub fn format(dtype: GgmlDType) -> Option<Format> {
     })
 }
 
+/// The one of candle's that `format` is; `None` for those of bitsandbytes.
+pub fn dtype(of: Format) -> Option<GgmlDType> {
+    const ALL: [GgmlDType; 11] = [
+        GgmlDType::F32,
+        GgmlDType::F16,
+        GgmlDType::BF16,
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+    ];
+    ALL.into_iter().find(|dtype| format(*dtype) == Some(of))
+}
+
+/// The number that stands for `dtype` in a file, ggml's `ggml_type`.
+pub fn number(dtype: GgmlDType) -> u32 {
+    match dtype {
+        GgmlDType::F32 => 0,
+        GgmlDType::F16 => 1,
+        GgmlDType::Q4_0 => 2,
+        GgmlDType::Q4_1 => 3,
+        GgmlDType::Q5_0 => 6,
+        GgmlDType::Q5_1 => 7,
+        GgmlDType::Q8_0 => 8,
+        GgmlDType::Q8_1 => 9,
+        GgmlDType::Q2K => 10,
+        GgmlDType::Q3K => 11,
+        GgmlDType::Q4K => 12,
+        GgmlDType::Q5K => 13,
+        GgmlDType::Q6K => 14,
+        GgmlDType::Q8K => 15,
+        GgmlDType::BF16 => 30,
+    }
+}
+
 /// The name that llama.cpp gives the format.
 pub fn name(dtype: GgmlDType) -> String {
     let name = match dtype {

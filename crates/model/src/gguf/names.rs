@@ -2,41 +2,60 @@
 
 use crate::family::Traits;
 
+/// llama.cpp's names of tensors that stand for themselves, and Hugging Face's.
+const WHOLE: [(&str, &str); 3] = [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("output_norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+];
+
+/// The same for modules within a block.
+const IN_BLOCK: [(&str, &str); 11] = [
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+    ("attn_q_norm", "self_attn.q_norm"),
+    ("attn_k_norm", "self_attn.k_norm"),
+    ("attn_norm", "input_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
+];
+
 /// Hugging Face's name of llama.cpp's tensor `gguf`; its own where there is no other.
 pub fn hugging_face_name(gguf: &str, traits: &Traits) -> String {
-    let whole = |name: &str| match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    let in_block = |name: &str| {
-        let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+    let whole = WHOLE.iter().find(|(name, _)| *name == gguf).map(|(_, hf)| (*hf).to_owned());
+    let in_block = || {
+        let (layer, rest) = gguf.strip_prefix("blk.")?.split_once('.')?;
         let (module, suffix) = rest.rsplit_once('.')?;
-        let own = traits.gguf_names.iter().find(|(name, _)| *name == module);
-        let module = match module {
-            _ if own.is_some() => own.map(|(_, name)| *name)?,
-            "attn_q" => "self_attn.q_proj",
-            "attn_k" => "self_attn.k_proj",
-            "attn_v" => "self_attn.v_proj",
-            "attn_output" => "self_attn.o_proj",
-            "ffn_gate" => "mlp.gate_proj",
-            "ffn_up" => "mlp.up_proj",
-            "ffn_down" => "mlp.down_proj",
-            "attn_q_norm" => "self_attn.q_norm",
-            "attn_k_norm" => "self_attn.k_norm",
-            "attn_norm" => "input_layernorm",
-            "ffn_norm" => "post_attention_layernorm",
-            _ => return None,
-        };
+        let (_, module) = modules(traits).find(|(name, _)| *name == module)?;
         Some(format!("model.layers.{layer}.{module}.{suffix}"))
     };
-    whole(gguf).map(str::to_owned).or_else(|| in_block(gguf)).unwrap_or_else(|| gguf.to_owned())
+    whole.or_else(in_block).unwrap_or_else(|| gguf.to_owned())
+}
+
+/// llama.cpp's name of Hugging Face's tensor `name`; `None` where it knows no such tensor.
+pub fn gguf_name(name: &str, traits: &Traits) -> Option<String> {
+    if let Some((gguf, _)) = WHOLE.iter().find(|(_, hf)| *hf == name) {
+        return Some((*gguf).to_owned());
+    }
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let (module, suffix) = rest.rsplit_once('.')?;
+    let (gguf, _) = modules(traits).find(|(_, hf)| *hf == module)?;
+    Some(format!("blk.{layer}.{gguf}.{suffix}"))
+}
+
+/// A family's own names go before those of Llama.
+fn modules(traits: &Traits) -> impl Iterator<Item = &(&'static str, &'static str)> {
+    traits.gguf_names.iter().chain(&IN_BLOCK)
 }
 
 #[cfg(test)]
 mod tests {
     use crate::Family;
+    use crate::family::Traits;
 
     #[test]
     fn names_are_hugging_faces() {
@@ -61,5 +80,26 @@ mod tests {
         let phi = |name| super::hugging_face_name(name, Family::Phi3.traits());
         assert_eq!(phi("blk.3.ffn_up.weight"), "model.layers.3.mlp.gate_up_proj.weight");
         assert_eq!(phi("blk.3.ffn_down.weight"), "model.layers.3.mlp.down_proj.weight");
+    }
+
+    #[test]
+    fn every_tensor_of_a_family_has_a_name_and_gets_its_own_back() {
+        for family in Family::ALL {
+            let traits: &Traits = family.traits();
+            let norms = traits.norms.iter().flat_map(|norms| [Some(norms.before), norms.after]).flatten();
+            let linears: &[&str] = if traits.packed {
+                &["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+            } else {
+                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"]
+            };
+            let in_blocks =
+                norms.chain(linears.iter().copied()).map(|m| format!("model.layers.7.{m}.weight"));
+            for name in in_blocks.chain(["lm_head.weight".to_owned(), "model.embed_tokens.weight".to_owned()])
+            {
+                let gguf = super::gguf_name(&name, traits).unwrap();
+                assert_eq!(super::hugging_face_name(&gguf, traits), name, "{family:?} {gguf}");
+            }
+        }
+        assert_eq!(super::gguf_name("model.layers.0.strange.weight", Family::Llama.traits()), None);
     }
 }

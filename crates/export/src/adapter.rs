@@ -1,0 +1,158 @@
+//! An adapter in the layout of another runtime.
+
+mod gguf;
+mod mlx;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use pronk_lora::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraPair, TargetModules};
+use pronk_model::{Base, Staging};
+
+use crate::update::{check_fit, values};
+use crate::{ExportError, Finish, Runtime, Verification, verify};
+
+/// How to write an adapter for another runtime.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportOptions {
+    /// Who is to load it.
+    pub runtime: Runtime,
+    /// What the adapter says it belongs to, where its layout has a place for that.
+    pub base_name: String,
+    /// Tokens to compare what was written with base and adapter on.
+    pub prompt: Vec<u32>,
+}
+
+/// What an export has written.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExportReport {
+    /// The runtime's own files, in the directory.
+    pub files: Vec<&'static str>,
+    /// How many modules the adapter changes.
+    pub adapted: usize,
+    /// What the runtime's user has to know.
+    pub notes: Vec<String>,
+    /// How closely what was written, read back, answers as base and adapter do.
+    pub verification: Verification,
+}
+
+/// Writes `adapter` for another runtime into the directory `out`, which must not exist or be empty.
+///
+/// An adapter that the runtime could not load onto `base` is refused with the reason. `finish` may add files.
+/// What was written is read back, and its answers on `base` compared with the adapter's on `device`, where the
+/// adapter must lie; only then is the directory renamed to `out`. Whatever fails before leaves nothing behind.
+pub fn export(
+    base: &Base,
+    adapter: &Adapter,
+    out: &Path,
+    options: &ExportOptions,
+    device: &Device,
+    finish: &mut Finish,
+) -> Result<ExportReport, ExportError> {
+    let runtime = options.runtime;
+    // Runtimes know the layers of a checkpoint, not their parts.
+    let adapter = &adapter.onto_packed(&base.config.adapter_modules());
+    check_fit(base, adapter)?;
+    let refusals = runtime.refusals(base, adapter);
+    if !refusals.is_empty() {
+        return Err(ExportError::Refused { runtime, problems: refusals });
+    }
+    verify::check_prompt(base, &options.prompt)?;
+    let staging = Staging::beside(out, Some(&base.path))?;
+    let files = write(base, adapter, options, &staging)?;
+    finish(staging.path()).map_err(ExportError::Finish)?;
+    let found = read(base, runtime, staging.path(), device)?;
+    let verification = verify::verify_adapter(base, adapter, &found, &options.prompt, device)?;
+    let notes = runtime.notes(base, adapter);
+    staging.publish()?;
+    Ok(ExportReport { files, adapted: adapter.pairs.len(), notes, verification })
+}
+
+fn write(
+    base: &Base,
+    adapter: &Adapter,
+    options: &ExportOptions,
+    staging: &Staging,
+) -> Result<Vec<&'static str>, ExportError> {
+    match options.runtime {
+        Runtime::Peft | Runtime::Vllm | Runtime::MistralRs => {
+            adapter.save(staging.path(), &options.base_name, false)?;
+            Ok(vec![ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+        }
+        Runtime::Gguf | Runtime::Ollama => gguf::write(base, &host_pairs(adapter)?, staging),
+        Runtime::Mlx => mlx::write(base, adapter.config.dropout, host_pairs(adapter)?, staging),
+    }
+}
+
+/// The adapter that a runtime would find in `dir`.
+fn read(base: &Base, runtime: Runtime, dir: &Path, device: &Device) -> Result<Adapter, ExportError> {
+    match runtime {
+        Runtime::Peft | Runtime::Vllm | Runtime::MistralRs => {
+            Ok(Adapter::load(dir, &base.config.linear_modules(), device)?)
+        }
+        Runtime::Gguf | Runtime::Ollama => gguf::read(base, dir, device),
+        Runtime::Mlx => mlx::read(dir, device),
+    }
+}
+
+/// A pair on the host: what it adds to its module's weight is `scale * b a`.
+struct HostPair {
+    module: String,
+    rank: usize,
+    scale: f64,
+    /// `[rank, in]`
+    a: Vec<f32>,
+    /// `[out, rank]`
+    b: Vec<f32>,
+}
+
+impl HostPair {
+    fn in_features(&self) -> usize {
+        self.a.len() / self.rank
+    }
+
+    fn out_features(&self) -> usize {
+        self.b.len() / self.rank
+    }
+
+    /// The same update with its scale in B.
+    fn folded(self) -> Self {
+        let b = self.b.iter().map(|x| (f64::from(*x) * self.scale) as f32).collect();
+        Self { b, scale: 1.0, ..self }
+    }
+}
+
+/// Every pair on the host. Refuses numbers that are not finite, and an adapter that changes nothing.
+fn host_pairs(adapter: &Adapter) -> Result<Vec<HostPair>, ExportError> {
+    let mut pairs = Vec::with_capacity(adapter.pairs.len());
+    for (module, pair) in &adapter.pairs {
+        let (a, b) = (values(&pair.a)?, values(&pair.b)?);
+        if let Some(&found) = a.iter().chain(&b).find(|x| !x.is_finite()) {
+            let (tensor, remedy) = (module.clone(), "the adapter is damaged");
+            return Err(ExportError::Number { tensor, dtype: "float32", found, remedy });
+        }
+        let (rank, scale) = (pair.b.dims()[1], adapter.config.scale());
+        pairs.push(HostPair { module: module.clone(), rank, scale, a, b });
+    }
+    if pairs.iter().all(|pair| pair.b.iter().all(|x| *x == 0.0)) {
+        return Err(ExportError::ChangesNothing);
+    }
+    Ok(pairs)
+}
+
+/// An adapter of pairs whose scale is in B, on `device`.
+fn adapter_of(pairs: Vec<HostPair>, device: &Device) -> Adapter {
+    let rank = pairs.iter().map(|pair| pair.rank).max().unwrap_or(1);
+    let tensor =
+        |values: Vec<f32>, shape: [usize; 2]| Tensor::<2>::from_data(TensorData::new(values, shape), device);
+    let on_device = |pair: HostPair| {
+        let pair = pair.folded();
+        let (a, b) = ([pair.rank, pair.in_features()], [pair.out_features(), pair.rank]);
+        (pair.module, LoraPair { a: tensor(pair.a, a), b: tensor(pair.b, b) })
+    };
+    let pairs: BTreeMap<String, LoraPair> = pairs.into_iter().map(on_device).collect();
+    let target_modules = TargetModules::Names(pairs.keys().cloned().collect());
+    let config = LoraConfig { rank, alpha: rank as f64, target_modules, ..LoraConfig::default() };
+    Adapter { config, pairs }
+}

@@ -1,0 +1,108 @@
+"""Other runtimes, asked for the log-probabilities of the next token. Each loads what pronk wrote by its own code."""
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+# Of the texts that the next token is asked for after: from a few tokens, within every window, to all.
+LENGTHS = (3, 6, 12, 20, 28)
+
+
+def runtime(module: str):
+    """The module, or the tests of the file are skipped with the reason."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        pytest.skip(f"{module} does not load here: {error}", allow_module_level=True)
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def expected_after(model, token_ids: list[int]) -> torch.Tensor:
+    """What transformers gives after the first of each of LENGTHS tokens: [texts, vocab]."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([token_ids])).logits[0]
+    return log_probabilities(torch.stack([logits[n - 1] for n in lengths(token_ids)]))
+
+
+def lengths(token_ids: list[int]) -> list[int]:
+    return [n for n in LENGTHS if n <= len(token_ids)]
+
+
+def largest_difference(what: str, found: torch.Tensor, expected: torch.Tensor, floor: float = -25.0) -> float:
+    """Between two log-probabilities, of tokens that are not next to impossible."""
+    assert found.shape == expected.shape
+    likely = expected > floor
+    difference = (found.double() - expected)[likely].abs().max().item()
+    print(f"{what}: log-probabilities differ by {difference:.1e}", file=sys.stderr)
+    return difference
+
+
+class LlamaCpp:
+    """llama.cpp with a model and perhaps an adapter, computing as exactly as it can."""
+
+    def __init__(self, model: Path, adapter: Path | None = None):
+        xllamacpp = runtime("xllamacpp")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        params.n_ctx = params.n_batch = params.n_ubatch = 256
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.warmup = False
+        params.verbosity = 0
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        if adapter:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        self.server = xllamacpp.Server(params)
+
+    def after(self, token_ids: list[int], vocab: int) -> torch.Tensor:
+        rows = []
+        for n in lengths(token_ids):
+            answer = self.server.handle_completions({
+                "prompt": token_ids[:n], "n_predict": 1, "n_probs": vocab, "temperature": 1.0, "cache_prompt": False,
+            })  # fmt: skip
+            assert "choices" in answer, answer
+            row = torch.full((vocab,), -float("inf"), dtype=torch.double)
+            for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                row[token["id"]] = token["logprob"]
+            rows.append(row)
+        return torch.stack(rows)
+
+
+def float32_gguf(source: Path, out: Path) -> Path:
+    """The same GGUF file with all its numbers spelled out, by llama.cpp's own Python."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
+            continue
+        kind, sub = field.types[0], field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(key, field.contents(), kind, sub_type=sub)
+    for tensor in reader.tensors:
+        shape = [int(n) for n in reversed(tensor.shape)]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, np.ascontiguousarray(values.reshape(shape), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@contextlib.contextmanager
+def failing(*words: str):
+    """pronk must refuse, with these words."""
+    with pytest.raises(AssertionError) as refusal:
+        yield
+    text = str(refusal.value)
+    assert "exit code 1" in text, text
+    for word in words:
+        assert word in text, f"{word!r} is not in {text}"
