@@ -143,3 +143,58 @@ fn an_adapter_of_another_base_is_refused() {
     merge(&shop, &golden("tiny-gqa"), "nowhere", "m", &[]).fails(&["nowhere", "adapter_config.json"]);
     assert_eq!(shop.snapshot(), before);
 }
+
+/// From a base of each kind; the tokenizer goes into the file, the template beside it, and Ollama is told both.
+#[test]
+fn a_merged_gguf_file_is_a_base_that_answers_the_same() {
+    let shop = Workshop::new();
+    for (base, adapter, out) in [
+        (golden("tiny-gqa"), golden("adapter-gqa"), "one"),
+        (golden("qwen2.gguf"), golden("adapter-qwen2"), "two"),
+    ] {
+        let run = merge(&shop, &base, &adapter, out, &["--format", "gguf", "--gguf-type", "f32"]).succeeds();
+        assert!(run.out.contains("against base + adapter") && run.out.contains("1 file(s)"), "{}", run.out);
+        let merged = format!("{out}/model.gguf");
+        let instruction = if out == "one" { "Say something." } else { "SI" };
+        let answer = |base: &str, more: &[&str]| {
+            let fixed = ["generate", "--base", base, "--instruction", instruction, "--max-new-tokens", "24"];
+            let template = shop.write("plain.jinja", "{{ instruction }}{{ input }} {{ output }}");
+            let template = ["--template", template.to_str().unwrap()];
+            shop.pronk(fixed.iter().chain(&template).chain(more)).succeeds().out
+        };
+        assert_eq!(answer(&merged, &[]), answer(&base, &["--adapter", &adapter]));
+        let modelfile = shop.read(&format!("{out}/Modelfile"));
+        assert!(modelfile.starts_with("FROM ./model.gguf\nTEMPLATE \"\"\""), "{modelfile}");
+    }
+    let run = merge(
+        &shop,
+        &golden("tiny-gqa"),
+        &golden("adapter-gqa"),
+        "x",
+        &["--format", "gguf", "--gguf-type", "q3"],
+    );
+    run.fails(&["--gguf-type", "q8_0, q4_0 or q4_k"]);
+    assert!(!shop.path("x").exists());
+}
+
+#[test]
+fn a_quantized_base_is_merged_onto_its_original() {
+    let shop = Workshop::new();
+    shop.write("recipe.toml", support::recipe("tiny-gqa"));
+    shop.train("run", "cpu", &["base.quantize=nf4"]).succeeds();
+    let cache = fs::read_dir(shop.path(".quantized")).unwrap().next().unwrap().unwrap().path();
+    let quantized = cache.to_str().unwrap();
+    let warned = merge(&shop, quantized, "run/adapter", "plain", &[]).succeeds();
+    assert!(warned.err.contains("warning") && warned.err.contains("--onto"), "{}", warned.err);
+    let run = merge(&shop, quantized, "run/adapter", "onto", &["--onto", &golden("tiny-gqa")]).succeeds();
+    assert!(run.out.contains("which was trained: KL") && !run.err.contains("warning"), "{run:?}");
+    // Only what is adapted differs from the original.
+    let (ours, theirs) =
+        (shop.bytes("onto/model.safetensors"), fs::read(golden("tiny-gqa/model.safetensors")).unwrap());
+    let (ours, theirs) =
+        (SafeTensors::deserialize(&ours).unwrap(), SafeTensors::deserialize(&theirs).unwrap());
+    for (name, tensor) in theirs.tensors() {
+        let adapted = name.contains("q_proj") || name.contains("v_proj");
+        assert_eq!(ours.tensor(&name).unwrap().data() != tensor.data(), adapted, "{name}");
+    }
+}

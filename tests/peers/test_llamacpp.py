@@ -1,9 +1,14 @@
 """llama.cpp loads the GGUF files that pronk writes, and means the same as transformers and PEFT."""
+import ctypes
 import json
 import shutil
+import sys
 
+import numpy as np
 import pytest
-from helpers import GOLDEN, load, pronk
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from helpers import GOLDEN, load, pronk, save_random_adapter
 from runtimes import LlamaCpp, expected_after, float32_gguf, largest_difference, runtime
 from safetensors.torch import load_file
 from test_families import CHANGES
@@ -55,3 +60,98 @@ def test_adapter_of_smollm2(gguf, smollm2, smollm2_adapter, tmp_path):
     model = float32_gguf(gguf, tmp_path / "base.gguf")
     found = LlamaCpp(model, tmp_path / "out" / "adapter.gguf").after(ids, expected.shape[1])
     assert largest_difference("SmolLM2, adapter", found, expected) < 1e-3
+
+
+@pytest.mark.parametrize("kind, tolerance", [("f32", 1e-3), ("f16", 2e-2)])
+def test_merged_smollm2(gguf, smollm2, smollm2_adapter, tmp_path, kind, tolerance):
+    ids, expected = smollm2
+    merge_gguf(gguf, smollm2_adapter, tmp_path / "out", kind)
+    found = LlamaCpp(tmp_path / "out" / "model.gguf").after(ids, expected.shape[1])
+    assert largest_difference(f"SmolLM2, merged {kind}", found, expected) < tolerance
+
+
+def merge_gguf(base, adapter, out, kind):
+    pronk("merge", "--base", base, "--adapter", adapter, "--out", out, "--format", "gguf", "--gguf-type", kind)
+
+
+def test_merged_hugging_face_directory(smollm2_hf, smollm2, smollm2_adapter, tmp_path):
+    """The tokenizer is pronk's to write then: llama.cpp cuts awkward texts as transformers does."""
+    ids, expected = smollm2
+    merge_gguf(smollm2_hf, smollm2_adapter, tmp_path / "out", "f32")
+    llama = LlamaCpp(tmp_path / "out" / "model.gguf")
+    found = llama.after(ids, expected.shape[1])
+    assert largest_difference("SmolLM2's directory, merged f32", found, expected) < 1e-3
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_hf)
+    for text in AWKWARD:
+        assert llama.token_count(text) == len(tokenizer(text)["input_ids"]), text
+
+
+AWKWARD = [
+    "3 33 333 1,000,000 x86_64\n\n12", "a  b   c\n \n\td", "I'm you're he'LL", "Über café e\u0301 漢字かな 🚀👩‍👩‍👧",
+    "<|im_start|>user\nHum.<|im_end|>\n", "fn main() { /* !?!? */ }",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied", "bias", "head-dim", "rope-linear", "rope-llama3"])
+def test_merged_tiny_llama(name, tmp_path):
+    base, ids = GOLDEN / f"tiny-{name}", token_ids(name)
+    adapter = save_random_adapter(base, tmp_path / "adapter", "all-linear", std=0.1)
+    expected = expected_after(load(base, adapter), ids)
+    merge_gguf(base, adapter, tmp_path / "out", "f32")
+    found = LlamaCpp(tmp_path / "out" / "model.gguf").after(ids, expected.shape[1])
+    assert largest_difference(f"tiny-{name}, merged f32", found, expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_merged_family(name, tmp_path):
+    base, ids = hugging_face(name, tmp_path / "base"), token_ids(name)
+    merge_gguf(GOLDEN / f"{name}.gguf", GOLDEN / f"adapter-{name}", tmp_path / "out", "f32")
+    expected = expected_after(load(base, GOLDEN / f"adapter-{name}"), ids)
+    found = LlamaCpp(tmp_path / "out" / "model.gguf").after(ids, expected.shape[1])
+    assert largest_difference(f"{name}, merged f32", found, expected) < TOLERANCE.get(name, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_k"])
+def test_quantized_as_well_as_llama_cpp_does(gguf, smollm2, smollm2_adapter, smollm2_merged_f32, tmp_path, kind):
+    """The same file with llama.cpp's own quantizer in place of ours: neither numbers nor answers are further off."""
+    ids, expected = smollm2
+    merge_gguf(gguf, smollm2_adapter, tmp_path / "out", kind)
+    ours = tmp_path / "out" / "model.gguf"
+    theirs = requantized(ours, smollm2_merged_f32, tmp_path / "theirs.gguf")
+    exact = {t.name: t.data for t in GGUFReader(smollm2_merged_f32).tensors}
+    off = [[((dequantize(t.data, t.tensor_type).ravel() - exact[t.name].ravel()) ** 2).sum() for t in GGUFReader(file).tensors]
+           for file in (ours, theirs)]  # fmt: skip
+    print(f"SmolLM2, {kind}: squared error {sum(off[0]):.4f}, llama.cpp's {sum(off[1]):.4f}", file=sys.stderr)
+    assert sum(off[0]) <= 1.05 * sum(off[1])
+    found = [(expected.exp() * (expected - LlamaCpp(file).after(ids, expected.shape[1]))).sum(-1).mean().item()
+             for file in (ours, theirs)]  # fmt: skip
+    print(f"SmolLM2, {kind}: KL {found[0]:.4f} nats, llama.cpp's {found[1]:.4f}", file=sys.stderr)
+    assert found[0] <= 1.2 * found[1] + 1e-3
+
+
+@pytest.fixture(scope="module")
+def smollm2_merged_f32(gguf, smollm2_adapter, tmp_path_factory):
+    out = tmp_path_factory.mktemp("merge") / "f32"
+    merge_gguf(gguf, smollm2_adapter, out, "f32")
+    return out / "model.gguf"
+
+
+def requantized(file, exact, out):
+    """A copy of the file whose quantized tensors are what llama.cpp makes of the exact numbers."""
+    library = ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__)
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    numbers = {t.name: np.ascontiguousarray(t.data) for t in GGUFReader(exact).tensors}
+    bytes_ = bytearray(file.read_bytes())
+    for tensor in GGUFReader(file).tensors:
+        if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            continue
+        source, size = numbers[tensor.name], int(tensor.n_bytes)
+        columns, target = int(tensor.shape[0]), ctypes.create_string_buffer(size)
+        written = library.ggml_quantize_chunk(
+            int(tensor.tensor_type), source.ctypes.data_as(ctypes.c_void_p), target, ctypes.c_int64(0),
+            ctypes.c_int64(source.size // columns), ctypes.c_int64(columns), None,
+        )  # fmt: skip
+        assert written == size, tensor.name
+        bytes_[int(tensor.data_offset) : int(tensor.data_offset) + size] = target.raw
+    out.write_bytes(bytes_)
+    return out

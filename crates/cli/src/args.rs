@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use pronk_data::{Learn, RecordFormat};
-use pronk_export::Runtime;
+use pronk_export::{GgufType, Runtime};
 use pronk_model::Scheme;
 
 /// Cheap instruction tuning: a `LoRA` adapter and a merged model from an instruction JSON.
@@ -148,9 +148,18 @@ pub struct Merge {
     /// The directory to write; it must not exist, or be empty
     #[arg(long)]
     pub out: PathBuf,
+    /// What to write: a Hugging Face directory, or a directory with a GGUF file for llama.cpp and Ollama
+    #[arg(long, value_enum, default_value = "safetensors")]
+    pub format: MergeFormat,
     /// Format of the weights; left out, each tensor keeps its own
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, conflicts_with = "gguf_type")]
     pub dtype: Option<Dtype>,
+    /// Type of a GGUF file: f32, f16, bf16, q8_0, q4_0, `q4_k`; left out, the base's own, or f32 where that is quantized
+    #[arg(long, value_name = "TYPE")]
+    pub gguf_type: Option<GgufType>,
+    /// Merge into this base, the 16-bit original of a quantized one that the adapter was trained on
+    #[arg(long, value_name = "BASE")]
+    pub onto: Option<String>,
     #[command(flatten)]
     pub device: DeviceArgument,
 }
@@ -211,6 +220,13 @@ pub struct Export {
     pub out: PathBuf,
     #[command(flatten)]
     pub device: DeviceArgument,
+}
+
+/// What a merged model is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum MergeFormat {
+    Safetensors,
+    Gguf,
 }
 
 /// Formats of merged weights.

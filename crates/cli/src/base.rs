@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use hf_hub::api::sync::ApiBuilder;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use pronk_data::{GgufVocabulary, PromptTemplate, TextTokenizer};
+use pronk_data::{PromptTemplate, TextTokenizer};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
-use pronk_model::{Base, Decoder, GgufFile, LoadConfig, ModelError, Origin, Scheme, quantized};
+use pronk_model::{Base, Decoder, LoadConfig, ModelError, Origin, Scheme, quantized};
 
+use crate::gguf_keys::vocabulary;
 use crate::progress;
 use crate::terminal::print;
 
@@ -79,28 +80,6 @@ fn download(id: &str) -> Result<PathBuf, hf_hub::api::sync::ApiError> {
     }
     let config = repo.get("config.json")?;
     Ok(config.parent().unwrap_or(Path::new(".")).to_owned())
-}
-
-/// The tokenizer's part of a GGUF file's metadata.
-fn vocabulary(file: &GgufFile) -> GgufVocabulary {
-    let text = |key: &str| file.text(&format!("tokenizer.{key}")).map(str::to_owned);
-    let id = |key: &str| file.number(&format!("tokenizer.ggml.{key}_token_id")).map(|n| n as u32);
-    let flag = |key: &str| file.number(&format!("tokenizer.ggml.{key}")).map(|n| n != 0.0);
-    GgufVocabulary {
-        model: text("ggml.model").unwrap_or_default(),
-        pre: text("ggml.pre"),
-        tokens: file.texts("tokenizer.ggml.tokens"),
-        token_types: file.numbers("tokenizer.ggml.token_type").into_iter().map(|n| n as i32).collect(),
-        merges: file.texts("tokenizer.ggml.merges"),
-        scores: file.numbers("tokenizer.ggml.scores").into_iter().map(|n| n as f32).collect(),
-        bos: id("bos"),
-        eos: id("eos"),
-        unknown: id("unknown"),
-        padding: id("padding"),
-        add_bos: flag("add_bos_token"),
-        add_space_prefix: flag("add_space_prefix"),
-        chat_template: text("chat_template"),
-    }
 }
 
 /// The template called `name`; left out, the one that lies with the adapter, else the base's own, else alpaca.

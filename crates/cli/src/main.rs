@@ -6,6 +6,7 @@ mod args;
 mod base;
 mod cards;
 mod commands;
+mod gguf_keys;
 mod loaded;
 mod modelfile;
 mod profile;

@@ -19,13 +19,17 @@ use crate::error::DataError;
 use crate::tokenizer::Parts;
 
 /// `tokenizer.ggml.token_type` of a piece of text.
-const NORMAL: i32 = 1;
+pub(crate) const NORMAL: i32 = 1;
 /// Of a token that stands for an unknown one.
-const UNKNOWN: i32 = 2;
+pub(crate) const UNKNOWN: i32 = 2;
 /// Of a token with a meaning instead of a text.
-const CONTROL: i32 = 3;
+pub(crate) const CONTROL: i32 = 3;
 /// Of a token that is always matched whole.
-const USER_DEFINED: i32 = 4;
+pub(crate) const USER_DEFINED: i32 = 4;
+/// Of a token that no text has.
+pub(crate) const UNUSED: i32 = 5;
+/// Of a byte, for characters without a token of their own.
+pub(crate) const BYTE: i32 = 6;
 
 /// How Llama 3 cuts text into words; digits in groups of up to three.
 const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -221,7 +225,7 @@ fn byte_level(
     ids: &HashMap<&str, u32>,
     words: Words,
 ) -> Result<Tokenizer, DataError> {
-    let merges = merges::listed(&vocabulary.merges, ids).map_err(error)?;
+    let merges = merges::listed(vocabulary, ids).map_err(error)?;
     let model = bpe(ids, merges)
         // Llama 3 takes a word that is a token as that token, merges or no merges.
         .ignore_merges(words == Words::Llama3)

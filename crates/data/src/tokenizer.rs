@@ -1,6 +1,7 @@
 //! Text to token ids and back, and which ids begin and end a text.
 
 mod encoder;
+mod gguf;
 mod hugging_face;
 mod sentence_piece;
 mod stream;

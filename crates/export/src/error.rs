@@ -29,6 +29,20 @@ pub enum ExportError {
         /// What was asked for.
         found: String,
     },
+    /// A type of GGUF files that is not written.
+    #[error("expected f32, f16, bf16, q8_0, q4_0 or q4_k, found '{found}'")]
+    UnknownGgufType {
+        /// What was asked for.
+        found: String,
+    },
+    /// A base that no GGUF file can hold; all the reasons at once.
+    #[error("{base}: this base cannot be written as a GGUF file:\n  {}", .problems.join("\n  "))]
+    NoGguf {
+        /// The base.
+        base: PathBuf,
+        /// Each with what was found.
+        problems: Vec<String>,
+    },
     /// A runtime that is not known.
     #[error("expected peft, gguf, mlx, ollama, vllm or mistralrs, found '{found}'")]
     UnknownRuntime {

@@ -2,7 +2,7 @@
 //! another runtime.
 //!
 //! [`export()`] writes what PEFT, llama.cpp, mlx-lm, Ollama, vLLM and mistral.rs load, each a [`Runtime`].
-//! [`merge()`] holds one tensor at a time. It writes beside its destination and moves the whole
+//! [`merge_gguf()`] writes a merged model for llama.cpp. [`merge()`] holds one tensor at a time. It writes beside its destination and moves the whole
 //! directory into place once [`verify()`] has found that the merged model answers as the base and
 //! the adapter do; whatever goes wrong before that leaves nothing behind.
 
@@ -11,6 +11,8 @@ mod config_json;
 mod directory;
 mod dtype;
 mod error;
+mod gguf_merge;
+mod gguf_type;
 mod merge;
 mod runtime;
 mod update;
@@ -19,6 +21,8 @@ mod verify;
 pub use adapter::{ExportOptions, ExportReport, export};
 pub use dtype::Dtype;
 pub use error::ExportError;
+pub use gguf_merge::{GgufMergeOptions, MODEL_GGUF, merge_gguf};
+pub use gguf_type::GgufType;
 pub use merge::{Finish, MergeOptions, MergeReport, merge};
 pub use runtime::Runtime;
-pub use verify::{Verification, verify};
+pub use verify::{Verification, measure, verify};

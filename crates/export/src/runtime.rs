@@ -2,7 +2,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use pronk_lora::Adapter;
-use pronk_model::{Base, GgufAdapter};
+use pronk_model::{Base, Family, GgufAdapter};
 
 use crate::ExportError;
 
@@ -44,6 +44,9 @@ impl Runtime {
                  from, or merge (pronk merge --format gguf)",
                 base.path.display()
             )),
+            Self::MistralRs if base.config.family == Family::Gemma3 => {
+                refusals.push("mistral.rs loads no text model of Gemma 3 alone".to_owned());
+            }
             Self::Vllm => {
                 let (rank, most) = (widest(adapter), VLLM_RANKS.into_iter().max().unwrap_or(0));
                 if rank > most {

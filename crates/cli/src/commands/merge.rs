@@ -1,43 +1,86 @@
+use std::fs;
 use std::path::Path;
 
+use burn::tensor::Device;
 use miette::{IntoDiagnostic, Result};
-use pronk_data::PromptTemplate;
-use pronk_export::{Dtype, MergeOptions, MergeReport, merge};
+use pronk_data::{CHAT_TEMPLATE as TEMPLATE_FILE, PromptTemplate};
+use pronk_export::{
+    Dtype, Finish, GgufMergeOptions, MODEL_GGUF, MergeOptions, MergeReport, measure, merge, merge_gguf,
+};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
+use pronk_model::{Base, GgufValue};
 
-use crate::args::{self, Merge};
+use crate::args::{self, Merge, MergeFormat};
+use crate::base::OpenedBase;
+use crate::modelfile::Modelfile;
 use crate::terminal::print;
-use crate::{base, progress, proof};
+use crate::{base, gguf_keys, progress, proof};
 
 /// `pronk merge`
 pub fn run(args: &Merge) -> Result<()> {
-    let opened = base::open(&args.base, Path::new("."))?;
-    if let Some(formats) = opened.base.quantization() {
+    let trained_on = base::open(&args.base, Path::new("."))?;
+    let other = args.onto.as_ref().map(|onto| base::open(onto, Path::new("."))).transpose()?;
+    let opened = other.as_ref().unwrap_or(&trained_on);
+    if let (Some(formats), None) = (trained_on.base.quantization(), &other) {
         eprintln!(
-            "note: {} is quantized ({formats}): the merged model keeps what its weights were rounded to. To merge \
-             into the weights as they were, give the base that it was made from",
+            "warning: {} is quantized ({formats}): the merged model keeps what its weights were rounded to. To merge \
+             into the weights as they were, name the base that it was made from with --onto",
             args.base
         );
     }
     let device = open_device(&args.device.device).into_diagnostic()?;
     let modules = opened.base.config.adapter_modules();
     let adapter = Adapter::load(&args.adapter, &modules, &device).into_diagnostic()?;
-    let prompt = proof::prompt(&opened, &args.adapter)?;
+    let prompt = proof::prompt(opened, &args.adapter)?;
+    let bar = progress::bar("merging", 0);
+    let mut progress = |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    };
+    let report = match args.format {
+        MergeFormat::Safetensors => {
+            safetensors(args, opened, &adapter, prompt.clone(), &device, &mut progress)
+        }
+        MergeFormat::Gguf => gguf(args, opened, &adapter, prompt.clone(), &device, &mut progress),
+    };
+    bar.finish_and_clear();
+    let MergeReport { files, tensors, adapted, bytes, verification } = report?;
+    print(&format!(
+        "merged {adapted} of {tensors} tensors into {} file(s), {:.2} GB: {}\n{}",
+        files.len(),
+        bytes as f64 / 1e9,
+        args.out.display(),
+        proof::shown(verification)
+    ));
+    if other.is_some() {
+        let merged = match args.format {
+            MergeFormat::Safetensors => Base::open(&args.out),
+            MergeFormat::Gguf => Base::open(&args.out.join(MODEL_GGUF)),
+        };
+        let merged = merged.into_diagnostic()?;
+        let found = measure(&trained_on.base, &adapter, &merged, &prompt, &device).into_diagnostic()?;
+        print(&format!("against {} + adapter, which was trained: KL {:.2e} nats\n", args.base, found.kl));
+    }
+    Ok(())
+}
 
+/// A Hugging Face directory. A directory's tokenizer files are copied as they are; a GGUF file has none to copy. The
+/// adapter's template goes before the base's: it is what the merged model was trained with.
+fn safetensors(
+    args: &Merge,
+    opened: &OpenedBase,
+    adapter: &Adapter,
+    prompt: Vec<u32>,
+    device: &Device,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<MergeReport> {
     let dtype = args.dtype.map(|dtype| match dtype {
         args::Dtype::F32 => Dtype::F32,
         args::Dtype::F16 => Dtype::F16,
         args::Dtype::Bf16 => Dtype::Bf16,
     });
     let options = MergeOptions { dtype, prompt, ..MergeOptions::default() };
-    let bar = progress::bar("merging", 0);
-    let mut progress = |done, total| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
-    };
-    // A directory's tokenizer files are copied as they are; a GGUF file has none to copy. The adapter's template goes
-    // before the base's: it is what the merged model was trained with.
     let trained_with = PromptTemplate::of_adapter(&args.adapter, &opened.tokenizer).into_diagnostic()?;
     let mut finish = |dir: &Path| {
         if opened.base.gguf().is_some() {
@@ -45,16 +88,40 @@ pub fn run(args: &Merge) -> Result<()> {
         }
         Ok(trained_with.iter().try_for_each(|template| template.save(dir))?)
     };
-    let report = merge(&opened.base, &adapter, &args.out, &options, &device, &mut progress, &mut finish);
-    bar.finish_and_clear();
-    let MergeReport { files, tensors, adapted, bytes, verification } = report.into_diagnostic()?;
-    print(&format!(
-        "merged {adapted} of {tensors} tensors into {} file(s), {:.2} GB: {}\n\
-         {}",
-        files.len(),
-        bytes as f64 / 1e9,
-        args.out.display(),
-        proof::shown(verification)
-    ));
-    Ok(())
+    merge(&opened.base, adapter, &args.out, &options, device, progress, &mut finish).into_diagnostic()
+}
+
+/// A GGUF file with a Modelfile beside it. The tokenizer is a GGUF base's own, or written as llama.cpp has it.
+fn gguf(
+    args: &Merge,
+    opened: &OpenedBase,
+    adapter: &Adapter,
+    prompt: Vec<u32>,
+    device: &Device,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<MergeReport> {
+    let tokenizer = &opened.tokenizer;
+    let mut metadata = match opened.base.gguf() {
+        Some(_) => Vec::new(),
+        None => gguf_keys::keys(tokenizer.to_gguf(opened.base.config.vocab_size).into_diagnostic()?),
+    };
+    let template = base::template(None, Some(&args.adapter), tokenizer)?;
+    if template.file_name() == TEMPLATE_FILE {
+        metadata.retain(|(key, _)| key != gguf_keys::CHAT_TEMPLATE);
+        let source = GgufValue::String(template.source().to_owned());
+        metadata.push((gguf_keys::CHAT_TEMPLATE.to_owned(), source));
+    }
+    let modelfile = Modelfile::new(format!("./{MODEL_GGUF}"), None, &template, tokenizer);
+    if let Err(error) = &modelfile {
+        eprintln!("note: without a Modelfile for Ollama: {error}");
+    }
+    let mut finish = |dir: &Path| {
+        if let Ok(modelfile) = &modelfile {
+            fs::write(dir.join("Modelfile"), modelfile.to_string())?;
+        }
+        Ok(template.save(dir)?)
+    };
+    let finish: &mut Finish = &mut finish;
+    let options = GgufMergeOptions { kind: args.gguf_type, metadata, prompt };
+    merge_gguf(&opened.base, adapter, &args.out, &options, device, progress, finish).into_diagnostic()
 }

@@ -9,8 +9,14 @@ use super::{GgufVocabulary, NORMAL};
 const LONGEST_TOKEN: usize = 4096;
 
 /// Splits "left right" pairs, and makes sure of all three tokens: the tokenizers crate panics on some that lack one.
-pub(super) fn listed(merges: &[String], ids: &HashMap<&str, u32>) -> Result<Vec<(String, String)>, String> {
-    if merges.is_empty() {
+pub(super) fn listed(
+    vocabulary: &GgufVocabulary,
+    ids: &HashMap<&str, u32>,
+) -> Result<Vec<(String, String)>, String> {
+    let merges = &vocabulary.merges;
+    // Only where every token is a single byte, there is nothing to merge.
+    let several = |(id, token): (usize, &String)| mergeable(vocabulary, id) && token.chars().nth(1).is_some();
+    if merges.is_empty() && vocabulary.tokens.iter().enumerate().any(several) {
         return Err("tokenizer.ggml.merges is missing or empty".to_owned());
     }
     let mut pairs = Vec::with_capacity(merges.len());

@@ -45,6 +45,10 @@ impl DecoderConfig {
                 json[key] = value.into();
             }
         }
+        if traits.packed {
+            // Phi-3's readers want it, whether or not positions are scaled.
+            json["original_max_position_embeddings"] = self.max_position_embeddings.into();
+        }
         self.add_rope(&mut json);
         self.add_window(&mut json);
         json

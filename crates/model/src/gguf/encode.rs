@@ -26,8 +26,8 @@ pub fn bytes(shape: &[usize], format: Format) -> Result<usize, String> {
         .ok_or_else(|| format!("shape {shape:?}: more numbers than there can be"))
 }
 
-/// `values` in `format`, whose blocks end where rows of `columns` do. The quantizers are candle's, which are
-/// llama.cpp's own.
+/// `values` in `format`, whose blocks end where rows of `columns` do. The quantizers are candle's, which do what
+/// llama.cpp's do.
 pub fn encode(values: &[f32], columns: usize, format: Format) -> Result<Vec<u8>, String> {
     let dense = |dtype| HostTensor::from_f32(values, vec![values.len()], dtype).bytes.into_owned();
     match format {
@@ -39,13 +39,19 @@ pub fn encode(values: &[f32], columns: usize, format: Format) -> Result<Vec<u8>,
     let dtype = known(format)?;
     let rows = TASK.div_ceil(columns.max(1));
     let parts: Result<Vec<Vec<u8>>, candle_core::Error> =
-        values.par_chunks(rows * columns.max(1)).map(|rows| quantize(rows, dtype)).collect();
+        values.par_chunks(rows * columns.max(1)).map(|rows| quantize(rows, columns, dtype)).collect();
     Ok(parts.map_err(|e| e.to_string())?.concat())
 }
 
-fn quantize(values: &[f32], dtype: GgmlDType) -> candle_core::Result<Vec<u8>> {
-    let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
-    Ok(QTensor::quantize(&tensor, dtype)?.data()?.into_owned())
+fn quantize(values: &[f32], columns: usize, dtype: GgmlDType) -> candle_core::Result<Vec<u8>> {
+    let tensor = Tensor::from_slice(values, (values.len() / columns.max(1), columns), &Device::Cpu)?;
+    let quantized = match dtype {
+        // candle's plain quantizer of this format is an older one of llama.cpp's. The one for weighted columns looks as
+        // far for scales as llama.cpp does now; here all columns weigh the same.
+        GgmlDType::Q4K => QTensor::quantize_imatrix(&tensor, &vec![1.0; columns], dtype)?,
+        _ => QTensor::quantize(&tensor, dtype)?,
+    };
+    Ok(quantized.data()?.into_owned())
 }
 
 fn known(format: Format) -> Result<GgmlDType, String> {
