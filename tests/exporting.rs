@@ -1,4 +1,5 @@
 //! `pronk export` as its users run it.
+#![allow(clippy::unwrap_used)] // a test reports by panicking
 
 mod support;
 

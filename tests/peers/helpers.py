@@ -46,10 +46,11 @@ def load(base: Path, adapter: Path | None = None):
     return model.eval()
 
 
-def save_random_adapter(base: Path, folder: Path, target_modules, std: float) -> Path:
-    """A PEFT adapter of rank 4 whose B has this standard deviation."""
+def save_random_adapter(base: Path, folder: Path, target_modules, std: float, **settings) -> Path:
+    """A PEFT adapter, of rank 4 unless settings say otherwise, whose B has this standard deviation."""
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, task_type="CAUSAL_LM")
+    settings = {"r": 4, "lora_alpha": 8} | settings
+    config = LoraConfig(target_modules=target_modules, task_type="CAUSAL_LM", **settings)
     model = get_peft_model(load(base), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -47,6 +47,20 @@ def test_adapter_of_a_family(name, tmp_path):
     assert largest_difference(f"{name}, base alone", alone, expected) > 0.1
 
 
+def test_ranks_and_scales_of_their_own(tmp_path):
+    """No alpha / rank says these: the scales are in B then."""
+    base, ids = hugging_face("mistral", tmp_path / "base"), token_ids("mistral")
+    adapter = save_random_adapter(
+        base, tmp_path / "adapter", ["q_proj", "k_proj", "down_proj"], std=0.3, lora_alpha=6, use_rslora=True,
+        rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 5},
+    )  # fmt: skip
+    pronk("export", "--base", GOLDEN / "mistral.gguf", "--adapter", adapter, "--to", "gguf", "--out", tmp_path / "out")
+    model = float32_gguf(GOLDEN / "mistral.gguf", tmp_path / "base.gguf")
+    expected = expected_after(load(base, adapter), ids)
+    found = LlamaCpp(model, tmp_path / "out" / "adapter.gguf").after(ids, expected.shape[1])
+    assert largest_difference("mistral, patterns and rsLoRA", found, expected) < 1e-3
+
+
 @pytest.fixture(scope="module")
 def smollm2(smollm2_hf, smollm2_adapter):
     """Token ids, and what PEFT says after them."""

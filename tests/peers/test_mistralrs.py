@@ -41,7 +41,7 @@ def check(what, base, adapter, text, model, folder):
     assert largest_difference(what, found, expected[torch.tensor(tokens)]) < 1e-3
 
 
-@pytest.mark.parametrize("adapter, name", [("gqa", "gqa"), ("tied", "tied"), ("rslora", "gqa")])
+@pytest.mark.parametrize("adapter, name", [("gqa", "gqa"), ("tied", "tied"), ("rslora", "gqa"), ("patterns", "gqa")])
 def test_tiny_llama(adapter, name, tmp_path):
     base, ours, merged = GOLDEN / f"tiny-{name}", tmp_path / "adapter", tmp_path / "merged"
     adapter = GOLDEN / f"adapter-{adapter}"

@@ -26,7 +26,7 @@ def mlx_after(base, adapter, token_ids):
     return torch.log_softmax(torch.stack([logits[n - 1] for n in lengths(token_ids)]).double(), dim=-1)
 
 
-@pytest.mark.parametrize("adapter, name", [("gqa", "gqa"), ("tied", "tied"), ("rslora", "gqa")])
+@pytest.mark.parametrize("adapter, name", [("gqa", "gqa"), ("tied", "tied"), ("rslora", "gqa"), ("patterns", "gqa"), ("dora", "bias")])
 def test_adapter_of_a_tiny_llama(adapter, name, tmp_path):
     base, adapter = GOLDEN / f"tiny-{name}", GOLDEN / f"adapter-{adapter}"
     check(adapter.name, base, adapter, token_ids(name), tmp_path)

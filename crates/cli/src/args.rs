@@ -154,7 +154,8 @@ pub struct Merge {
     /// Format of the weights; left out, each tensor keeps its own
     #[arg(long, value_enum, conflicts_with = "gguf_type")]
     pub dtype: Option<Dtype>,
-    /// Type of a GGUF file: f32, f16, bf16, q8_0, q4_0, `q4_k`; left out, the base's own, or f32 where that is quantized
+    /// Type of a GGUF file: `f32`, `f16`, `bf16`, `q8_0`, `q4_0`, `q4_k`; left out, the base's own, or `f32` where that is
+    /// quantized
     #[arg(long, value_name = "TYPE")]
     pub gguf_type: Option<GgufType>,
     /// Merge into this base, the 16-bit original of a quantized one that the adapter was trained on

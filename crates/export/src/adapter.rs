@@ -3,11 +3,10 @@
 mod gguf;
 mod mlx;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_lora::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraPair, TargetModules};
+use pronk_lora::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraPair};
 use pronk_model::{Base, Staging};
 
 use crate::update::{check_fit, values};
@@ -96,7 +95,8 @@ fn read(base: &Base, runtime: Runtime, dir: &Path, device: &Device) -> Result<Ad
     }
 }
 
-/// A pair on the host: what it adds to its module's weight is `scale * b a`.
+/// A pair on the host: what it adds to its module's weight is `scale * b a`, and with `DoRA` the rows of the sum are
+/// as long as `magnitude` says.
 struct HostPair {
     module: String,
     rank: usize,
@@ -105,6 +105,8 @@ struct HostPair {
     a: Vec<f32>,
     /// `[out, rank]`
     b: Vec<f32>,
+    /// `[out]`
+    magnitude: Option<Vec<f32>>,
 }
 
 impl HostPair {
@@ -128,12 +130,19 @@ fn host_pairs(adapter: &Adapter) -> Result<Vec<HostPair>, ExportError> {
     let mut pairs = Vec::with_capacity(adapter.pairs.len());
     for (module, pair) in &adapter.pairs {
         let (a, b) = (values(&pair.a)?, values(&pair.b)?);
-        if let Some(&found) = a.iter().chain(&b).find(|x| !x.is_finite()) {
+        let magnitude = pair.magnitude.as_ref().map(values).transpose()?;
+        if let Some(&found) = a.iter().chain(&b).chain(magnitude.iter().flatten()).find(|x| !x.is_finite()) {
             let (tensor, remedy) = (module.clone(), "the adapter is damaged");
             return Err(ExportError::Number { tensor, dtype: "float32", found, remedy });
         }
-        let (rank, scale) = (pair.b.dims()[1], adapter.config.scale());
-        pairs.push(HostPair { module: module.clone(), rank, scale, a, b });
+        pairs.push(HostPair {
+            module: module.clone(),
+            rank: pair.rank(),
+            scale: pair.scale,
+            a,
+            b,
+            magnitude,
+        });
     }
     if pairs.iter().all(|pair| pair.b.iter().all(|x| *x == 0.0)) {
         return Err(ExportError::ChangesNothing);
@@ -141,18 +150,15 @@ fn host_pairs(adapter: &Adapter) -> Result<Vec<HostPair>, ExportError> {
     Ok(pairs)
 }
 
-/// An adapter of pairs whose scale is in B, on `device`.
+/// An adapter of these pairs, on `device`.
 fn adapter_of(pairs: Vec<HostPair>, device: &Device) -> Adapter {
-    let rank = pairs.iter().map(|pair| pair.rank).max().unwrap_or(1);
     let tensor =
         |values: Vec<f32>, shape: [usize; 2]| Tensor::<2>::from_data(TensorData::new(values, shape), device);
     let on_device = |pair: HostPair| {
-        let pair = pair.folded();
-        let (a, b) = ([pair.rank, pair.in_features()], [pair.out_features(), pair.rank]);
-        (pair.module, LoraPair { a: tensor(pair.a, a), b: tensor(pair.b, b) })
+        let (rows, columns) = (pair.out_features(), pair.in_features());
+        let HostPair { module, rank, scale, a, b, magnitude } = pair;
+        let magnitude = magnitude.map(|magnitude| tensor(magnitude, [1, rows]));
+        (module, LoraPair { a: tensor(a, [rank, columns]), b: tensor(b, [rows, rank]), scale, magnitude })
     };
-    let pairs: BTreeMap<String, LoraPair> = pairs.into_iter().map(on_device).collect();
-    let target_modules = TargetModules::Names(pairs.keys().cloned().collect());
-    let config = LoraConfig { rank, alpha: rank as f64, target_modules, ..LoraConfig::default() };
-    Adapter { config, pairs }
+    Adapter::of_pairs(&LoraConfig::default(), pairs.into_iter().map(on_device).collect())
 }

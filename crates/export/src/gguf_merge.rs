@@ -46,14 +46,13 @@ pub fn merge_gguf(
     let metadata = metadata(base, kind, &options.metadata)?;
     let staging = Staging::beside(out, Some(&base.path))?;
     let tensors = plan(base, kind)?;
-    let written = tensors.len();
-    let bytes = write(base, &update, &staging, &metadata, tensors, progress)?;
+    let bytes = write(base, &update, &staging, &metadata, &tensors, progress)?;
     finish(staging.path()).map_err(ExportError::Finish)?;
     let merged = staging.path().join(MODEL_GGUF);
     let verification = verify::verify_gguf(base, adapter, &merged, kind, &options.prompt, device)?;
     staging.publish()?;
     let files = vec![MODEL_GGUF.to_owned()];
-    Ok(MergeReport { files, tensors: written, adapted: update.len(), bytes, verification })
+    Ok(MergeReport { files, tensors: tensors.len(), adapted: update.len(), bytes, verification })
 }
 
 /// All keys of the file: a GGUF base's own, or those of the configuration.
@@ -112,7 +111,7 @@ fn write(
     update: &Update,
     staging: &Staging,
     metadata: &[(String, GgufValue)],
-    tensors: Vec<(String, GgufTensor)>,
+    tensors: &[(String, GgufTensor)],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<u64, ExportError> {
     let factors = base.config.rope_freqs();
@@ -127,7 +126,7 @@ fn write(
         writer.write(ROPE_FREQS, &factors)?;
     }
     progress(0, tensors.len());
-    for (done, (name, tensor)) in (1..).zip(&tensors) {
+    for (done, (name, tensor)) in (1..).zip(tensors) {
         let values = update.apply(name)?.to_f32();
         if tensor.format == Format::F16
             && let Some(&found) = values.iter().find(|x| !Dtype::F16.holds(**x))

@@ -1,7 +1,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use pronk_lora::Adapter;
+use pronk_lora::{Adapter, LoraPair};
 use pronk_model::{Base, Family, GgufAdapter};
 
 use crate::ExportError;
@@ -34,6 +34,10 @@ impl Runtime {
     pub(crate) fn refusals(self, base: &Base, adapter: &Adapter) -> Vec<String> {
         let merge = "merge the adapter into the base instead (pronk merge)";
         let mut refusals = Vec::new();
+        let knows_dora = matches!(self, Self::Peft | Self::Mlx);
+        if !knows_dora && adapter.pairs.values().any(|pair| pair.magnitude.is_some()) {
+            refusals.push(format!("{self} knows no DoRA; {merge}"));
+        }
         match self {
             Self::Gguf | Self::Ollama => {
                 let unknown = adapter.pairs.keys().find(|name| GgufAdapter::names(&base.config, name).is_none());
@@ -80,7 +84,7 @@ impl Runtime {
 
 /// The largest rank of its pairs.
 fn widest(adapter: &Adapter) -> usize {
-    adapter.pairs.values().map(|pair| pair.b.dims()[1]).max().unwrap_or(0)
+    adapter.pairs.values().map(LoraPair::rank).max().unwrap_or(0)
 }
 
 /// The name that `--to` takes.

@@ -31,12 +31,13 @@ fn exported(
 #[test]
 fn every_runtime_gets_an_adapter_of_every_family() {
     let dir = TempDir::new().unwrap();
-    let llamas = [("gqa", "gqa"), ("rslora", "gqa"), ("tied", "tied")];
+    let llamas = [("gqa", "gqa"), ("rslora", "gqa"), ("patterns", "gqa"), ("tied", "tied"), ("dora", "bias")];
     for (adapter, variant) in llamas.into_iter().chain(FAMILIES.map(|name| (name, name))) {
         let base = base(variant);
         let adapter_of = peft(adapter, &base);
         for runtime in Runtime::ALL {
-            if (adapter, runtime) == ("gemma3", Runtime::MistralRs) {
+            let knows_dora = [Runtime::Peft, Runtime::Mlx].contains(&runtime);
+            if (adapter, runtime) == ("gemma3", Runtime::MistralRs) || adapter == "dora" && !knows_dora {
                 continue; // refused, see below
             }
             let out = dir.path().join(format!("{adapter}-{runtime}"));
@@ -139,6 +140,11 @@ fn what_a_runtime_cannot_load_is_refused_with_the_reason() {
     let gguf = Base::open(&golden("mistral.gguf")).unwrap();
     let words = refusal(&gguf, &peft("mistral", &gguf), Runtime::MistralRs);
     assert!(words.contains("mistralrs cannot") && words.contains("merge"), "{words}");
+    let bias = base("bias");
+    for runtime in [Runtime::Gguf, Runtime::Ollama, Runtime::Vllm, Runtime::MistralRs] {
+        let words = refusal(&bias, &peft("dora", &bias), runtime);
+        assert!(words.contains("DoRA") && words.contains("merge"), "{words}");
+    }
     let gemma3 = base("gemma3");
     let words = refusal(&gemma3, &peft("gemma3", &gemma3), Runtime::MistralRs);
     assert!(words.contains("Gemma 3"), "{words}");

@@ -64,7 +64,7 @@ pub fn read(base: &Base, dir: &Path, device: &Device) -> Result<Adapter, ExportE
     let GgufAdapter { alpha, pairs } = GgufAdapter::open(&dir.join(FILE), &base.config)?;
     let pair = |(module, GgufPair { rank, a, b }): (String, GgufPair)| {
         let scale = if alpha == 0.0 { 1.0 } else { alpha / rank as f64 };
-        HostPair { module, rank, scale, a, b }
+        HostPair { module, rank, scale, a, b, magnitude: None }
     };
     Ok(adapter_of(pairs.into_iter().map(pair).collect(), device))
 }

@@ -17,6 +17,7 @@ use crate::ExportError;
 const WEIGHTS: &str = "adapters.safetensors";
 const A: &str = ".lora_a";
 const B: &str = ".lora_b";
+const MAGNITUDE: &str = ".m";
 
 pub fn write(
     base: &Base,
@@ -31,20 +32,24 @@ pub fn write(
     }
     let scale = pairs.first().map_or(1.0, |pair| pair.scale);
     let keys: BTreeSet<&str> = pairs.iter().map(|pair| within_block(&pair.module)).collect();
+    let is_dora = pairs.iter().any(|pair| pair.magnitude.is_some());
     let config = json!({
-        "fine_tune_type": "lora",
+        "fine_tune_type": if is_dora { "dora" } else { "lora" },
         "num_layers": base.config.num_hidden_layers,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys},
     });
     staging.add_file(ADAPTER_CONFIG, format!("{config:#}\n").as_bytes())?;
 
-    let mut tensors: BTreeMap<String, ([usize; 2], Vec<u8>)> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
     for pair in &pairs {
         let rows = pair.out_features();
         let (a, mut b) = (transposed(&pair.a, pair.rank, rank), transposed(&pair.b, rows, rows));
         b.resize(rank * rows, 0.0);
-        tensors.insert(format!("{}{A}", pair.module), ([pair.in_features(), rank], bytes(&a)));
-        tensors.insert(format!("{}{B}", pair.module), ([rank, pair.out_features()], bytes(&b)));
+        tensors.insert(format!("{}{A}", pair.module), (vec![pair.in_features(), rank], bytes(&a)));
+        tensors.insert(format!("{}{B}", pair.module), (vec![rank, rows], bytes(&b)));
+        if let Some(magnitude) = &pair.magnitude {
+            tensors.insert(format!("{}{MAGNITUDE}", pair.module), (vec![rows], bytes(magnitude)));
+        }
     }
     let unwritten = |e: safetensors::SafeTensorError| ExportError::Malformed {
         path: staging.destination().join(WEIGHTS),
@@ -52,7 +57,7 @@ pub fn write(
     };
     let views: Result<Vec<_>, _> = tensors
         .iter()
-        .map(|(name, (shape, data))| Ok((name, TensorView::new(Dtype::F32, shape.to_vec(), data)?)))
+        .map(|(name, (shape, data))| Ok((name, TensorView::new(Dtype::F32, shape.clone(), data)?)))
         .collect();
     let file = views.and_then(|views| safetensors::serialize(views, None)).map_err(unwritten)?;
     staging.add_file(WEIGHTS, &file)?;
@@ -112,6 +117,7 @@ pub fn read(dir: &Path, device: &Device) -> Result<Adapter, ExportError> {
             // Transposing is its own inverse: [in, rank] to [rank, in], [rank, out] to [out, rank].
             a: transposed(&floats(a.data()), columns, columns),
             b: transposed(&floats(b.data()), rank, rank),
+            magnitude: file.tensor(&format!("{module}{MAGNITUDE}")).ok().map(|m| floats(m.data())),
         });
     }
     Ok(adapter_of(pairs, device))
