@@ -25,6 +25,6 @@ pub use matrix::FrozenMatrix;
 pub use nf4::{DYNAMIC_MAP, NF4_CODEBOOK, Nf4Parts, Nf4QuantState, Nf4Scales};
 pub use nf4_quantize::quantize_nf4;
 pub use operation::FrozenProduct;
-pub(crate) use operation::frozen_product;
+pub(crate) use operation::{frozen_product, unread_product};
 pub use product::Precision;
 pub use weight::{FrozenWeight, dense_bytes_on_card};

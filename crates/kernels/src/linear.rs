@@ -3,7 +3,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::direction::Direction;
-use crate::frozen::{FrozenMatrix, FrozenWeight, Precision, frozen_product};
+use crate::frozen::{FrozenMatrix, FrozenWeight, Precision, frozen_product, unread_product};
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]
@@ -88,6 +88,19 @@ impl FrozenLinear {
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
+        }
+    }
+
+    /// [`Self::forward`] for a graph whose result nobody reads: gradients go back through it as they
+    /// should, its numbers may be zeros.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - result: `[tokens, out]`
+    pub fn forward_unread(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.weight {
+            Weight::Dense(_) => self.forward(x),
+            Weight::Frozen(weight, precision) => unread_product(x, weight, *precision),
         }
     }
 

@@ -78,6 +78,20 @@ impl LoraLinear {
         self.base.add_bias(y * (magnitude.clone() / norms))
     }
 
+    /// [`Self::forward`] for a graph whose result nobody reads: see [`FrozenLinear::forward_unread`].
+    /// `DoRA`'s magnitude reads it, for its gradient.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - result: `[tokens, out]`
+    pub fn forward_unread(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+        let pair = mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name));
+        if pair.is_some_and(|pair| pair.magnitude.is_some()) {
+            return self.forward(x, mode);
+        }
+        low_rank_update(self.base.forward_unread(x.clone()), x, &self.name, mode)
+    }
+
     /// Sets `DoRA`'s magnitude to the norms of the updated weight's rows, so that it changes nothing yet.
     pub fn set_magnitude(&self, pair: &mut LoraPair) {
         pair.magnitude = Some(weight_norms(&self.base, self.squares(&pair.a.device()), pair));

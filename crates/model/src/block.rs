@@ -58,7 +58,20 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
         let x = self.beside(x, &self.attention_norms, |h| self.attend(h, layout, mode, cache));
-        self.beside(x, &self.feed_forward_norms, |h| self.feed_forward(h, mode))
+        self.beside(x, &self.feed_forward_norms, |h| self.down_proj.forward(self.gated(h, mode), mode))
+    }
+
+    /// The graph of [`Self::forward`] for gradients alone: nobody reads its output, and the last product
+    /// is left out where nothing else does.
+    ///
+    /// # Shapes
+    /// - x and result: `[tokens, hidden]`
+    pub fn forward_unread(&self, x: Tensor<2>, layout: &Layout, mode: ForwardMode) -> Tensor<2> {
+        if self.feed_forward_norms.after.is_some() {
+            return self.forward(x, layout, mode, None);
+        }
+        let x = self.beside(x, &self.attention_norms, |h| self.attend(h, layout, mode, None));
+        self.beside(x, &self.feed_forward_norms, |h| self.down_proj.forward_unread(self.gated(h, mode), mode))
     }
 
     /// `x + half(x)`, with the norms of that half.
@@ -125,9 +138,10 @@ impl Block {
         rms_norm(heads, weight, self.rms_norm_eps).reshape([tokens, width])
     }
 
-    fn feed_forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+    /// What the feed-forward projects down.
+    fn gated(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
         let [gate, up] = self.gate_up.forward(&x, mode);
         drop(x);
-        self.down_proj.forward(glu(gate, up, self.activation), mode)
+        glu(gate, up, self.activation)
     }
 }

@@ -55,9 +55,12 @@ pub fn loss_and_gradients(
     let lowest = lowest_adapted(decoder, adapter);
     let recorded = decoder.layers().saturating_sub(keep.graphs);
 
-    let record = |block: &Block, layer: usize, x: Tensor<2>| {
+    let record = |forward: Forward, block: &Block, layer: usize, x: Tensor<2>| {
         let adapter = adapter.tracked_under(&Decoder::block_prefix(layer));
-        Tape::record(block, adapter, mode, &layout, x, layer > lowest)
+        let input = (layer > lowest).then(|| x.clone().tracked());
+        let mode = ForwardMode { adapter: Some(&adapter), ..mode };
+        let output = forward(block, input.clone().unwrap_or(x), &layout, mode);
+        Tape { input, adapter, output }
     };
 
     let mut x = decoder.embed(&batch.token_ids);
@@ -74,7 +77,8 @@ pub fn loss_and_gradients(
                 saved.push(Saved::Input(keep.inputs.save(&x)));
                 return block.forward(x, &layout, mode, None);
             }
-            let tape = record(&block, layer, x);
+            let forward: Forward = |block, x, layout, mode| block.forward(x, layout, mode, None);
+            let tape = record(forward, &block, layer, x);
             let x = tape.output.clone().inner();
             saved.push(Saved::Tape(tape));
             x
@@ -88,7 +92,8 @@ pub fn loss_and_gradients(
         let tape = match saved.pop() {
             Some(Saved::Tape(tape)) => tape,
             Some(Saved::Input(x)) => {
-                let again = || record(&block, layer, x.restored(device));
+                // Its output went into the next block on the way forward.
+                let again = || record(Block::forward_unread, &block, layer, x.restored(device));
                 spanned(&trace_span!("recompute", layer), device, again)
             }
             None => break,
@@ -126,6 +131,9 @@ enum Saved {
     Tape(Tape),
 }
 
+/// A way through a block that is recorded.
+type Forward = fn(&Block, Tensor<2>, &Layout, ForwardMode) -> Tensor<2>;
+
 /// One block's autodiff graph, from its input and its adapters to its output.
 struct Tape {
     /// `None` where nothing below wants a gradient.
@@ -135,21 +143,6 @@ struct Tape {
 }
 
 impl Tape {
-    /// Runs `block` on `x` with `adapter`, whose tensors are leaves, otherwise as `mode` says.
-    fn record(
-        block: &Block,
-        adapter: Adapter,
-        mode: ForwardMode,
-        layout: &Layout,
-        x: Tensor<2>,
-        needs_input_gradient: bool,
-    ) -> Self {
-        let input = needs_input_gradient.then(|| x.clone().tracked());
-        let mode = ForwardMode { adapter: Some(&adapter), ..mode };
-        let output = block.forward(input.clone().unwrap_or(x), layout, mode, None);
-        Self { input, adapter, output }
-    }
-
     /// Adds the adapters' gradients to `gradients` and returns the input's.
     fn pull_back(self, gradient: Tensor<2>, gradients: &mut Gradients) -> Option<Tensor<2>> {
         let mut leaves = pull_back(&self.output, gradient);

@@ -9,7 +9,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Shape, Tensor, TensorData};
 
 use super::{FrozenMatrix, FrozenWeight, Precision};
 use crate::direction::Direction;
@@ -26,6 +26,14 @@ pub(crate) fn frozen_product(
     precision: Precision,
 ) -> Tensor<2> {
     Tensor::from_dispatch(Dispatch::frozen_product(x.into_dispatch(), w.clone(), direction, precision))
+}
+
+/// What `x W^T` hands back to the inputs, without the product itself: the result is zeros.
+///
+/// # Shapes
+/// - x: `[tokens, in]`, result: `[tokens, out]`
+pub(crate) fn unread_product(x: Tensor<2>, w: &FrozenWeight, precision: Precision) -> Tensor<2> {
+    Tensor::from_dispatch(Dispatch::unread_product(x.into_dispatch(), w.clone(), precision))
 }
 
 /// The operation, for every backend. CubeCL's cards multiply by themselves; a matrix that still lies
@@ -45,6 +53,9 @@ pub trait FrozenProduct: Backend {
         direction: Direction,
         precision: Precision,
     ) -> FloatTensor<Self>;
+
+    /// Zeros in the place of `x W^T`, with its gradient.
+    fn unread_product(x: FloatTensor<Self>, w: FrozenWeight, precision: Precision) -> FloatTensor<Self>;
 }
 
 impl<B: Host> FrozenProduct for B {
@@ -61,6 +72,10 @@ impl<B: Host> FrozenProduct for B {
         let x = B::contiguous(x);
         B::float_from_data(product(B::numbers(&x), w, direction, precision), &x.device())
     }
+
+    fn unread_product(x: FloatTensor<Self>, w: FrozenWeight, _: Precision) -> FloatTensor<Self> {
+        zeros::<B>(&x, &w)
+    }
 }
 
 #[cfg(feature = "cube")]
@@ -73,6 +88,15 @@ impl FrozenProduct for burn::backend::Cube {
     ) -> FloatTensor<Self> {
         w.on_cube(&x.device()).product(x, direction, precision)
     }
+
+    fn unread_product(x: FloatTensor<Self>, w: FrozenWeight, _: Precision) -> FloatTensor<Self> {
+        zeros::<Self>(&x, &w)
+    }
+}
+
+fn zeros<B: Backend>(x: &FloatTensor<B>, w: &FrozenWeight) -> FloatTensor<B> {
+    let ([rows, _], tokens) = (w.shape(), x.shape()[0]);
+    B::float_zeros(Shape::new([tokens, rows]), &x.device(), x.dtype().into())
 }
 
 /// The product for tensors that the host's processor cannot read.
@@ -115,6 +139,15 @@ impl<B: FrozenProduct, C: CheckpointStrategy> FrozenProduct for Autodiff<B, C> {
         let y = B::frozen_product(x.into_primitive(), w.clone(), direction, precision);
         match operation {
             OpsKind::Tracked(prep) => prep.finish((w, direction, precision), y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
+        }
+    }
+
+    fn unread_product(x: FloatTensor<Self>, w: FrozenWeight, precision: Precision) -> FloatTensor<Self> {
+        let operation = Recorded.prepare::<C>([x.node()]).compute_bound().stateful();
+        let y = zeros::<B>(&x.into_primitive(), &w);
+        match operation {
+            OpsKind::Tracked(prep) => prep.finish((w, Direction::Forward, precision), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
