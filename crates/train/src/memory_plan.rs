@@ -59,6 +59,13 @@ impl MemoryPlan {
         Keep { graphs, inputs: self.inputs }
     }
 
+    /// Whether `batch` takes less than half of what there is: so little that an account which is a few
+    /// percent off cannot be wrong about it.
+    pub(crate) fn is_roomy_for(&self, batch: &PackedBatch) -> bool {
+        let peak = self.shapes.footprint(batch.into(), self.keep(batch).graphs).peak();
+        self.budget.is_some_and(|budget| peak <= budget / 2)
+    }
+
     /// The longest row of at most `most` tokens that fits as a micro-batch of its own, all of it
     /// learned. `None` where not even two tokens do.
     pub fn longest_row(&self, most: usize) -> Option<usize> {
@@ -130,6 +137,15 @@ mod tests {
 
     fn peak(tokens: usize, supervised: usize) -> u64 {
         shapes().footprint(Workload { tokens, supervised, pairs: 0 }, 0).peak()
+    }
+
+    #[test]
+    fn only_half_of_the_memory_is_room_enough() {
+        let row = TokenizedExample { token_ids: vec![1; 100], loss_mask: vec![true; 100] };
+        let batch = PackedBatch::concat([row.view()]);
+        let needed = peak(batch.tokens(), batch.supervised());
+        assert!(within(2 * needed).is_roomy_for(&batch));
+        assert!(!within(2 * needed - 2).is_roomy_for(&batch));
     }
 
     #[test]

@@ -173,14 +173,15 @@ impl<'a> Trainer<'a> {
     }
 
     /// The worst comes first, so that a run that does not fit ends in its first minute: the longest
-    /// micro-batch, a save, an evaluation, the samples.
+    /// micro-batch, unless there is plenty of memory for it, a save, an evaluation, the samples.
     fn before_the_first_step(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        observer.note("rehearsing: the longest micro-batch, and a save");
         let longest = self.largest_micro_batch();
-        let keep = self.memory.keep(&longest);
-        let rehearsal = loss_and_gradients(self.decoder, &self.adapter, &longest, 1, keep, None, None);
-        self.must_be_finite(0, "loss", scalar(&rehearsal.sum)?)?;
-        drop(rehearsal);
+        if !self.memory.is_roomy_for(&longest) {
+            observer.note("rehearsing the longest micro-batch");
+            let keep = self.memory.keep(&longest);
+            let rehearsal = loss_and_gradients(self.decoder, &self.adapter, &longest, 1, keep, None, None);
+            self.must_be_finite(0, "loss", scalar(&rehearsal.sum)?)?;
+        }
         if self.config.save_steps > 0 {
             self.save_checkpoint()?;
         }
