@@ -93,6 +93,34 @@ impl Multiplier {
         }
     }
 
+    /// A right tile from 16 rows that begin `stride` numbers apart in `rows`: they become its columns.
+    ///
+    /// # Panics
+    /// Where the last row ends too early.
+    #[allow(clippy::unused_self)] // as above
+    pub(super) fn turn(&self, rows: &[u16], stride: usize, tile: &mut [u16; TILE]) {
+        assert!(rows.len() >= (SIDE - 1) * stride + DEPTH, "16 rows of 32 numbers");
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: whichever unit was detected, avx512f was; the rows are there by the assertion.
+        unsafe {
+            avx512::turn(rows.as_ptr(), stride, tile);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no unit is ever detected here: {tile:?}");
+    }
+
+    /// A row of a right tile: 16 numbers of one row of a matrix, each with the one below it.
+    #[allow(clippy::unused_self)] // as above
+    pub(super) fn pair(&self, even: &[u16; SIDE], odd: &[u16; SIDE], pairs: &mut [u16; DEPTH]) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: whichever unit was detected, avx512f was.
+        unsafe {
+            avx512::pair(even, odd, pairs);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no unit is ever detected here: {even:?} {odd:?} {pairs:?}");
+    }
+
     /// `sums = left * right`, added to what is there unless `fresh`, where `sums` is 32 x 32 in rows
     /// that lie `stride` numbers apart.
     ///
@@ -252,8 +280,10 @@ mod amx {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512,
+        __m512bh, __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_or_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+        _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
+        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
     use std::mem::transmute;
 
@@ -270,6 +300,53 @@ mod avx512 {
             let high = _mm512_loadu_ps(numbers.as_ptr().add(SIDE));
             let halves: __m512i = transmute(_mm512_cvtne2ps_pbh(high, low));
             _mm512_storeu_si512(out.as_mut_ptr().cast(), halves);
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn pair(even: &[u16; SIDE], odd: &[u16; SIDE], pairs: &mut [u16; DEPTH]) {
+        // SAFETY: two registers of 16 numbers are read, one of 32 is written.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even.as_ptr().cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(odd.as_ptr().cast()));
+            let both = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+            _mm512_storeu_si512(pairs.as_mut_ptr().cast(), both);
+        }
+    }
+
+    /// Transposes 16 x 16 pairs: four registers at a time within their quarters, then the quarters.
+    ///
+    /// # Safety
+    /// avx512f is there, and 32 numbers can be read at each of 16 rows `stride` apart.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn turn(rows: *const u16, stride: usize, tile: &mut [u16; TILE]) {
+        // SAFETY: by the contract above; the 16 stores fill the tile.
+        unsafe {
+            let rows: [__m512i; SIDE] =
+                std::array::from_fn(|i| _mm512_loadu_si512(rows.add(i * stride).cast()));
+            // In quarter q of `quarters[4 * i + k]`: pair 4 * q + k of rows 4 * i to 4 * i + 3.
+            let mut quarters = rows;
+            for i in 0..4 {
+                let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
+                let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+                quarters[4 * i] = _mm512_unpacklo_epi64(ab, cd);
+                quarters[4 * i + 1] = _mm512_unpackhi_epi64(ab, cd);
+                let (ab, cd) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+                quarters[4 * i + 2] = _mm512_unpacklo_epi64(ab, cd);
+                quarters[4 * i + 3] = _mm512_unpackhi_epi64(ab, cd);
+            }
+            let mut store = |pair: usize, pairs: __m512i| {
+                _mm512_storeu_si512(tile.as_mut_ptr().add(pair * DEPTH).cast(), pairs);
+            };
+            for k in 0..4 {
+                let [a, b, c, d] = [quarters[k], quarters[4 + k], quarters[8 + k], quarters[12 + k]];
+                let even = [_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d)];
+                let odd = [_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d)];
+                store(k, _mm512_shuffle_i32x4::<0x88>(even[0], even[1]));
+                store(4 + k, _mm512_shuffle_i32x4::<0x88>(odd[0], odd[1]));
+                store(8 + k, _mm512_shuffle_i32x4::<0xdd>(even[0], even[1]));
+                store(12 + k, _mm512_shuffle_i32x4::<0xdd>(odd[0], odd[1]));
+            }
         }
     }
 
@@ -359,6 +436,25 @@ mod tests {
                     assert_eq!(sums[i * stride + j], expected(i, j) + before, "{unit:?} at {i}, {j}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn right_tiles_hold_rows_turned_and_rows_paired() {
+        let Some(unit) = Bf16Unit::detect() else { return };
+        let multiplier = Multiplier::new(unit);
+        let stride = DEPTH + 7;
+        let rows: Vec<u16> = (0..(SIDE * stride) as u16).collect();
+        let mut tile = [0; TILE];
+        multiplier.turn(&rows, stride, &mut tile);
+        for (row, k) in (0..SIDE).flat_map(|row| (0..DEPTH).map(move |k| (row, k))) {
+            assert_eq!(tile[k / 2 * DEPTH + row * 2 + k % 2], rows[row * stride + k], "{row}, {k}");
+        }
+        let (even, odd) = (std::array::from_fn(|i| i as u16), std::array::from_fn(|i| 60_000 + i as u16));
+        let mut pairs = [0; DEPTH];
+        multiplier.pair(&even, &odd, &mut pairs);
+        for i in 0..SIDE {
+            assert_eq!(pairs[2 * i..][..2], [even[i], odd[i]]);
         }
     }
 

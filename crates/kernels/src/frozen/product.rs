@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::FrozenMatrix;
 use super::bf16_tiles::{BLOCK, Bf16Unit, DEPTH, Multiplier, SIDE, Strips, TILE};
 use super::wide::widest;
+use crate::direction::Direction;
 use crate::dot::dot;
 
 /// What the factors of a product are rounded to. Sums are float32 either way.
@@ -37,11 +38,13 @@ impl Precision {
 const TOKENS: usize = 1024;
 /// Rows of the matrix that one task of `forward` multiplies at least.
 const ROWS: usize = BLOCK;
-/// Columns dequantized at a time in `forward`. A multiple of every format's block.
+/// A multiple of every format's block.
+const BLOCKS_OF_ALL: usize = 256;
+/// About how many columns are dequantized at a time in `forward`.
 const FORWARD_DEPTH: usize = 512;
 /// Columns of the matrix that one task of `backward` multiplies at most. A multiple of every format's block.
 const COLUMNS: usize = 256;
-/// Rows dequantized at a time in `backward`.
+/// About how many rows are dequantized at a time in `backward`.
 const BACKWARD_DEPTH: usize = 256;
 /// Up to here a product is a few dot products a row, and packing would cost more than it saves.
 const FEW_TOKENS: usize = 4;
@@ -62,7 +65,7 @@ impl FrozenMatrix {
             let y = y.below(i * TOKENS);
             match (precision, Bf16Unit::detect()) {
                 _ if x.len() <= FEW_TOKENS * cols => dot_products(self, x, y),
-                (Precision::Bf16, Some(unit)) => forward_bf16(self, unit, x, y),
+                (Precision::Bf16, Some(unit)) => product_bf16(self, Direction::Forward, unit, x, y),
                 _ => forward_f32(self, x, y),
             }
         }
@@ -87,7 +90,7 @@ impl FrozenMatrix {
         for (i, dy) in dy.chunks(TOKENS * rows).enumerate() {
             let dx = dx.below(i * TOKENS);
             match (precision, Bf16Unit::detect()) {
-                (Precision::Bf16, Some(unit)) => backward_bf16(self, unit, dy, dx),
+                (Precision::Bf16, Some(unit)) => product_bf16(self, Direction::Backward, unit, dy, dx),
                 _ => backward_f32(self, dy, dx),
             }
         }
@@ -204,12 +207,11 @@ impl Columns {
     /// # Safety
     /// The output is still there, and no other task touches these columns.
     #[allow(unsafe_code)]
-    unsafe fn write(self, row: usize, columns: &Range<usize>, mut numbers: impl Iterator<Item = f32>) {
+    unsafe fn write(self, row: usize, columns: &Range<usize>, numbers: &[f32]) {
         let start = self.at(row, columns);
-        for i in 0..columns.len() {
-            // SAFETY: within the columns that `at` has checked.
-            unsafe { start.add(i).write(numbers.next().unwrap_or_default()) };
-        }
+        assert_eq!(numbers.len(), columns.len(), "a number for every column");
+        // SAFETY: within the columns that `at` has checked, and nobody else's.
+        unsafe { start.copy_from_nonoverlapping(numbers.as_ptr(), numbers.len()) };
     }
 }
 
@@ -251,7 +253,7 @@ fn dot_products(w: &FrozenMatrix, x: &[f32], y: Columns) {
                     // SAFETY: this row of the matrix, a column of the output, is this task's alone.
                     #[allow(unsafe_code)]
                     unsafe {
-                        y.write(token, &(row..row + 1), std::iter::once(sum));
+                        y.write(token, &(row..row + 1), &[sum]);
                     }
                 }
             }
@@ -290,7 +292,7 @@ fn forward_f32(w: &FrozenMatrix, x: &[f32], y: Columns) {
 fn backward_f32(w: &FrozenMatrix, dy: &[f32], dx: Columns) {
     let [rows, cols] = w.shape();
     let tokens = dy.len() / rows;
-    let columns = columns_a_task(w);
+    let columns = columns_a_task(w, Direction::Backward);
     (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
         let here = task * columns..cols.min((task + 1) * columns);
         Scratch::with(0, 0, rows * here.len(), |scratch| {
@@ -352,115 +354,124 @@ unsafe fn product_f32(
     }
 }
 
-fn forward_bf16(w: &FrozenMatrix, unit: Bf16Unit, x: &[f32], y: Columns) {
+/// The product in one direction, in bf16: activations are packed once, and each task packs the part of the
+/// matrix that its columns of the output need, a pass along the summed dimension at a time.
+fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Unit, x: &[f32], y: Columns) {
     let [rows, cols] = w.shape();
-    let (tokens, task_rows) = (x.len() / cols, rows_a_task(w));
-    let right = Packed::pairs_along_rows(unit, x, cols, FORWARD_DEPTH);
-    let sizes = (right.strips * SIDE * task_rows, (task_rows + 1) * FORWARD_DEPTH, FORWARD_DEPTH);
-    (0..rows.div_ceil(task_rows)).into_par_iter().for_each(|task| {
+    let (summed, width) = match direction {
+        Direction::Forward => (cols, rows),
+        Direction::Backward => (rows, cols),
+    };
+    let left = Packed::new(unit, x, summed, depth_a_pass(direction, summed));
+    let columns = columns_a_task(w, direction);
+    let at_hand = (SIDE * left.pass).max(2 * columns);
+    let sizes = (left.strips * SIDE * columns, columns * left.pass + at_hand, columns.max(left.pass));
+    (0..width.div_ceil(columns)).into_par_iter().for_each(|task| {
         Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
-            let (row, left) = tiles.split_at_mut(FORWARD_DEPTH);
             let multiplier = Multiplier::new(unit);
-            for (pass, start) in (0..cols).step_by(FORWARD_DEPTH).enumerate() {
-                let depth = right.depth(pass);
-                for r in 0..task_rows {
-                    let row = &mut row[..depth];
-                    rounded_row(w, &multiplier, task * task_rows + r, start..start + depth, numbers, row);
-                    let strip = &mut left[r / SIDE * SIDE * depth..];
-                    let tiles = strip.as_chunks_mut::<TILE>().0.iter_mut();
-                    for (tile, numbers) in tiles.zip(row.as_chunks::<DEPTH>().0) {
-                        tile.as_chunks_mut::<DEPTH>().0[r % SIDE] = *numbers;
+            let here = task * columns..width.min((task + 1) * columns);
+            let blocks = here.len().div_ceil(BLOCK);
+            let (right, rows_at_hand) = tiles.split_at_mut(blocks * BLOCK * left.pass);
+            for pass in 0..left.passes() {
+                let summed = left.summed(pass);
+                let right = &mut right[..blocks * BLOCK * summed.len()];
+                match direction {
+                    Direction::Forward => {
+                        turned_rows(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right)
+                    }
+                    Direction::Backward => {
+                        paired_rows(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right)
                     }
                 }
-                for block in 0..right.strips / 2 {
-                    for top in 0..task_rows / BLOCK {
-                        let strip = |s: usize| &left[s * SIDE * depth..][..SIDE * depth];
-                        let strips = Strips {
-                            left: [strip(2 * top), strip(2 * top + 1)],
-                            right: [right.strip(pass, 2 * block), right.strip(pass, 2 * block + 1)],
-                        };
-                        let sums = &mut sums[(block * task_rows + top * BLOCK) * BLOCK..][..BLOCK * BLOCK];
-                        multiplier.multiply_block(strips, pass == 0, sums, BLOCK);
-                    }
-                }
-            }
-            // The sums are W x^T, 32 tokens a block: they are turned while they are written.
-            let here = task * task_rows..rows.min((task + 1) * task_rows);
-            for token in 0..tokens {
-                let column = &sums[token / BLOCK * task_rows * BLOCK + token % BLOCK..];
-                // SAFETY: these columns of the output are this task's alone.
-                #[allow(unsafe_code)]
-                unsafe {
-                    y.write(token, &here, column.iter().step_by(BLOCK).copied());
-                }
-            }
-        });
-    });
-}
-
-/// How many rows a task of `forward` takes: of a tall matrix more, so that each turn of the
-/// activations is read less often.
-fn rows_a_task(w: &FrozenMatrix) -> usize {
-    let [rows, _] = w.shape();
-    if rows >= 32 * ROWS { 4 * ROWS } else { ROWS }
-}
-
-fn backward_bf16(w: &FrozenMatrix, unit: Bf16Unit, dy: &[f32], dx: Columns) {
-    let [rows, cols] = w.shape();
-    let tokens = dy.len() / rows;
-    let left = Packed::rows(unit, dy, rows, BACKWARD_DEPTH);
-    let columns = columns_a_task(w);
-    let sizes = (left.strips * SIDE * columns, columns * (BACKWARD_DEPTH + 2), columns);
-    (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
-        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
-            let (rows_at_hand, right) = tiles.split_at_mut(2 * columns);
-            let (even, odd) = rows_at_hand.split_at_mut(columns);
-            let multiplier = Multiplier::new(unit);
-            let here = task * columns..cols.min((task + 1) * columns);
-            let width = here.len().next_multiple_of(BLOCK);
-            for (pass, start) in (0..rows).step_by(BACKWARD_DEPTH).enumerate() {
-                let depth = left.depth(pass);
-                for pair in 0..depth / 2 {
-                    let (row, at) = (start + 2 * pair, pair / SIDE * TILE + pair % SIDE * DEPTH);
-                    let (even, odd) = (&mut even[..width], &mut odd[..width]);
-                    rounded_row(w, &multiplier, row, here.start..here.start + width, numbers, even);
-                    rounded_row(w, &multiplier, row + 1, here.start..here.start + width, numbers, odd);
-                    let sixteens = even.as_chunks::<SIDE>().0.iter().zip(odd.as_chunks::<SIDE>().0);
-                    for ((even, odd), strip) in sixteens.zip(right.chunks_exact_mut(SIDE * depth)) {
-                        let (pairs, _) = strip[at..][..DEPTH].as_chunks_mut::<2>();
-                        for ((pair, &even), &odd) in pairs.iter_mut().zip(even).zip(odd) {
-                            *pair = [even, odd];
-                        }
-                    }
-                }
+                let right = |strip: usize| &right[strip * SIDE * summed.len()..][..SIDE * summed.len()];
                 for block in 0..left.strips / 2 {
-                    for side in 0..width / BLOCK {
-                        let strip = |s: usize| &right[s * SIDE * depth..][..SIDE * depth];
-                        let strips = Strips {
-                            left: [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)],
-                            right: [strip(2 * side), strip(2 * side + 1)],
-                        };
+                    let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
+                    for side in 0..blocks {
+                        let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
                         let sums = &mut sums[block * BLOCK * columns + side * BLOCK..];
                         multiplier.multiply_block(strips, pass == 0, sums, columns);
                     }
                 }
             }
-            for token in 0..tokens {
-                let sums = &sums[token * columns..][..here.len()];
+            for token in 0..x.len() / left.width {
                 // SAFETY: these columns of the output are this task's alone.
                 #[allow(unsafe_code)]
                 unsafe {
-                    dx.write(token, &here, sums.iter().copied());
+                    y.write(token, &here, &sums[token * columns..][..here.len()]);
                 }
             }
         });
     });
 }
 
-/// How wide a task of `backward` is: narrow matrices still have work for every core.
-fn columns_a_task(w: &FrozenMatrix) -> usize {
-    let [_, cols] = w.shape();
-    if cols >= 8 * COLUMNS { COLUMNS } else { w.column_step().max(2 * BLOCK) }
+/// Fills strips of right tiles for `x W^T`: rows of the matrix from `first` on become their columns.
+fn turned_rows(
+    w: &FrozenMatrix,
+    multiplier: &Multiplier,
+    first: usize,
+    summed: Range<usize>,
+    numbers: &mut [f32],
+    rows: &mut [u16],
+    right: &mut [u16],
+) {
+    let depth = summed.len();
+    let rows = &mut rows[..SIDE * depth];
+    for (strip, tiles) in right.chunks_exact_mut(SIDE * depth).enumerate() {
+        for (i, row) in rows.chunks_exact_mut(depth).enumerate() {
+            rounded_row(w, multiplier, first + strip * SIDE + i, summed.clone(), numbers, row);
+        }
+        for (i, tile) in tiles.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+            multiplier.turn(&rows[i * DEPTH..], depth, tile);
+        }
+    }
+}
+
+/// Fills strips of right tiles for `dy W`: columns of the matrix from `first` on, two rows at a time.
+fn paired_rows(
+    w: &FrozenMatrix,
+    multiplier: &Multiplier,
+    first: usize,
+    summed: Range<usize>,
+    numbers: &mut [f32],
+    rows: &mut [u16],
+    right: &mut [u16],
+) {
+    let depth = summed.len();
+    let width = right.len() / depth;
+    let (even, odd) = rows[..2 * width].split_at_mut(width);
+    for pair in 0..depth / 2 {
+        let (row, at) = (summed.start + 2 * pair, pair / SIDE * TILE + pair % SIDE * DEPTH);
+        rounded_row(w, multiplier, row, first..first + width, numbers, even);
+        rounded_row(w, multiplier, row + 1, first..first + width, numbers, odd);
+        let sixteens = even.as_chunks().0.iter().zip(odd.as_chunks().0);
+        for ((even, odd), strip) in sixteens.zip(right.chunks_exact_mut(SIDE * depth)) {
+            if let Some(pairs) = strip[at..].first_chunk_mut() {
+                multiplier.pair(even, odd, pairs);
+            }
+        }
+    }
+}
+
+/// How deep a pass along `summed` numbers is: whole blocks of every format, and passes of about one depth.
+fn depth_a_pass(direction: Direction, summed: usize) -> usize {
+    let depth = match direction {
+        Direction::Forward => FORWARD_DEPTH,
+        Direction::Backward => BACKWARD_DEPTH,
+    };
+    let passes = ((summed + depth / 2) / depth).max(1);
+    summed.div_ceil(passes).next_multiple_of(BLOCKS_OF_ALL)
+}
+
+/// How many columns of the output a task computes: more of a wide one, so that the activations are read less
+/// often; of a narrow one so few that there is work for every core.
+fn columns_a_task(w: &FrozenMatrix, direction: Direction) -> usize {
+    let [rows, cols] = w.shape();
+    match direction {
+        Direction::Forward if rows >= 32 * ROWS => 4 * ROWS,
+        Direction::Forward => ROWS,
+        Direction::Backward if cols >= 8 * COLUMNS => COLUMNS,
+        Direction::Backward => w.column_step().max(2 * BLOCK),
+    }
 }
 
 thread_local! {
@@ -479,40 +490,18 @@ struct Packed {
     values: Vec<u16>,
     /// Strips of 16 tokens, an even number of them.
     strips: usize,
-    /// The summed dimension, whole tiles.
+    /// Numbers of a token.
+    width: usize,
+    /// The summed dimension: `width` in whole tiles.
     depth: usize,
     /// Of it in one pass.
     pass: usize,
 }
 
 impl Packed {
-    /// Left tiles: rows of the activations, `[tokens, width]`.
-    fn rows(unit: Bf16Unit, x: &[f32], width: usize, pass: usize) -> Self {
-        Self::pack(unit, x, width, pass, |token, numbers, tile| {
-            tile.as_chunks_mut::<DEPTH>().0[token] = *numbers;
-        })
-    }
-
-    /// Right tiles: pairs along the rows of the activations, so that these come out transposed.
-    fn pairs_along_rows(unit: Bf16Unit, x: &[f32], width: usize, pass: usize) -> Self {
-        Self::pack(unit, x, width, pass, |token, numbers, tile| {
-            let (pairs, _) = tile.as_chunks_mut::<2>();
-            for (pair, two) in pairs.iter_mut().skip(token).step_by(SIDE).zip(numbers.as_chunks::<2>().0) {
-                *pair = *two;
-            }
-        })
-    }
-
-    /// `place` puts 32 numbers of one of 16 tokens into its tile.
-    fn pack(
-        unit: Bf16Unit,
-        x: &[f32],
-        width: usize,
-        pass: usize,
-        place: impl Fn(usize, &[u16; DEPTH], &mut [u16; TILE]) + Sync,
-    ) -> Self {
-        let tokens = x.len() / width;
-        let strips = tokens.next_multiple_of(BLOCK) / SIDE;
+    /// Of `x`, `[tokens, width]`.
+    fn new(unit: Bf16Unit, x: &[f32], width: usize, pass: usize) -> Self {
+        let strips = (x.len() / width).next_multiple_of(BLOCK) / SIDE;
         let depth = width.next_multiple_of(DEPTH);
         let mut values = PACKED.take();
         let needed = strips * SIDE * depth;
@@ -531,21 +520,25 @@ impl Packed {
                         if let Some(numbers) = numbers.next() {
                             multiplier.round(numbers, &mut rounded[..numbers.len()]);
                         }
-                        place(token, &rounded, tile);
+                        tile.as_chunks_mut().0[token] = rounded;
                     }
                 }
             });
         }
-        Self { values, strips, depth, pass }
+        Self { values, strips, width, depth, pass }
     }
 
-    /// How deep pass `i` is.
-    fn depth(&self, i: usize) -> usize {
-        self.pass.min(self.depth - i * self.pass)
+    fn passes(&self) -> usize {
+        self.depth.div_ceil(self.pass)
+    }
+
+    /// What pass `i` sums over, in whole tiles: beyond the width there are zeros.
+    fn summed(&self, i: usize) -> Range<usize> {
+        i * self.pass..self.depth.min((i + 1) * self.pass)
     }
 
     fn strip(&self, i: usize, strip: usize) -> &[u16] {
-        let depth = self.depth(i);
+        let depth = self.summed(i).len();
         &self.values[i * self.pass * self.strips * SIDE + strip * SIDE * depth..][..SIDE * depth]
     }
 }
