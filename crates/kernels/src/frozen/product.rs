@@ -470,7 +470,7 @@ fn columns_a_task(w: &FrozenMatrix, direction: Direction) -> usize {
         Direction::Forward if rows >= 32 * ROWS => 4 * ROWS,
         Direction::Forward => ROWS,
         Direction::Backward if cols >= 8 * COLUMNS => COLUMNS,
-        Direction::Backward => w.column_step().max(2 * BLOCK),
+        Direction::Backward => w.column_step().max(BLOCK),
     }
 }
 
