@@ -358,9 +358,9 @@ unsafe fn product_f32(
 /// matrix that its columns of the output need, a pass along the summed dimension at a time.
 fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Unit, x: &[f32], y: Columns) {
     let [rows, cols] = w.shape();
-    let (summed, width) = match direction {
-        Direction::Forward => (cols, rows),
-        Direction::Backward => (rows, cols),
+    let (summed, width, pack): (_, _, PackRight) = match direction {
+        Direction::Forward => (cols, rows, turned_rows),
+        Direction::Backward => (rows, cols, paired_rows),
     };
     let left = Packed::new(unit, x, summed, depth_a_pass(direction, summed));
     let columns = columns_a_task(w, direction);
@@ -375,14 +375,7 @@ fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Unit, x: &[f32
             for pass in 0..left.passes() {
                 let summed = left.summed(pass);
                 let right = &mut right[..blocks * BLOCK * summed.len()];
-                match direction {
-                    Direction::Forward => {
-                        turned_rows(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right)
-                    }
-                    Direction::Backward => {
-                        paired_rows(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right)
-                    }
-                }
+                pack(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
                 let right = |strip: usize| &right[strip * SIDE * summed.len()..][..SIDE * summed.len()];
                 for block in 0..left.strips / 2 {
                     let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
@@ -403,6 +396,10 @@ fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Unit, x: &[f32
         });
     });
 }
+
+/// Fills strips of right tiles with the part of a matrix that begins at a column of the output, along a part
+/// of the summed dimension; the memory of single numbers and rows is lent.
+type PackRight = fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32], &mut [u16], &mut [u16]);
 
 /// Fills strips of right tiles for `x W^T`: rows of the matrix from `first` on become their columns.
 fn turned_rows(
