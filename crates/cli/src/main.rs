@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         }
     };
     terminal::install_error_style();
+    terminal::quiet_guarded_panics();
     match catch_unwind(AssertUnwindSafe(|| commands::run(arguments))) {
         Ok(Ok(code)) => code,
         Ok(Err(report)) => {

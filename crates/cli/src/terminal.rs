@@ -18,6 +18,16 @@ pub fn install_error_style() {
     }));
 }
 
+/// A panic that becomes an error is told as that, and as nothing else.
+pub fn quiet_guarded_panics() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !pronk_data::is_guarded() {
+            usual(panic);
+        }
+    }));
+}
+
 /// The same message with its causes, less those whose words stand in the message above them
 /// already: libraries name the system's answer both in their text and as its cause.
 pub fn without_repetition(report: &Report) -> Report {

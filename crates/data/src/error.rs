@@ -83,6 +83,27 @@ pub enum DataError {
         /// The names in its first row.
         found: String,
     },
+    /// A Parquet or Arrow file that cannot be read to its end.
+    #[error(
+        "{}: cannot be read as {kind} after {records} whole records: {message}; download it, or write it, again",
+        path.display()
+    )]
+    BrokenTable {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+        /// How many records had been read before.
+        records: usize,
+        /// What its reader says.
+        message: String,
+    },
+    /// A Parquet file inside a compressed one.
+    #[error("{}: a Parquet file packed by gzip or zstd, which can be read unpacked alone; unpack it", path.display())]
+    PackedParquet {
+        /// The file.
+        path: PathBuf,
+    },
     /// A file that was written to while it was read.
     #[error("{}: the file changed while it was read; prepare it again when nobody writes to it", path.display())]
     Changed {
@@ -166,6 +187,11 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// A table with these columns.
+    pub(crate) fn unknown_columns(path: &std::path::Path, names: &[String]) -> Self {
+        Self::Columns { path: path.to_path_buf(), found: names.join(", ").chars().take(200).collect() }
+    }
+
     /// For `map_err`: names the file and the deed.
     pub(crate) fn io(path: &std::path::Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();

@@ -16,6 +16,7 @@ pub mod error;
 pub mod example;
 mod files;
 pub mod gguf_vocabulary;
+mod guarded;
 pub mod order;
 pub mod prepare;
 pub mod prepared;
@@ -31,6 +32,7 @@ pub use example::{
     DropReason, ExampleView, Learn, RowConfig, Tokenized, TokenizedExample, tokenize, tokenize_prompt,
 };
 pub use gguf_vocabulary::GgufVocabulary;
+pub use guarded::is_guarded;
 pub use order::{Mixture, Order, Part, epoch_order};
 pub use prepare::{DataFile, PrepareConfig, SpooledRows, key, prepare};
 pub use prepared::{PreparedDataset, Rows};

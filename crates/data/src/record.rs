@@ -1,5 +1,6 @@
 //! Records: what a data file holds, whatever it is kept in and however its fields are called.
 
+mod columnar;
 mod container;
 mod csv;
 mod format;

@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use flate2::bufread::MultiGzDecoder;
-use ruzstd::decoding::StreamingDecoder;
 use serde_json::Value;
 
-use super::{Columns, csv, json};
+use super::{Columns, columnar, csv, json};
 use crate::error::DataError;
 
 /// Read at a time; also how far a look at the beginning goes.
@@ -41,8 +40,18 @@ pub(super) enum Container {
 
 /// Opens `path`. `read` is told how many of the file's bytes have been read.
 pub(super) fn open(path: &Path, columns: &Columns, read: &Arc<AtomicU64>) -> Result<Raws, DataError> {
-    let mut bytes = bytes(path, read)?;
+    let Opened { mut bytes, is_packed } = bytes(path, read)?;
     let start = look(&mut bytes, path)?;
+    if start.starts_with(columnar::PARQUET) {
+        // Its parts are read in an order of their own.
+        if is_packed {
+            return Err(DataError::PackedParquet { path: path.to_path_buf() });
+        }
+        return Ok(Box::new(columnar::Table::parquet(path, columns, read)?));
+    }
+    if start.starts_with(columnar::ARROW_FILE) || start.starts_with(columnar::ARROW_STREAM) {
+        return Ok(Box::new(columnar::Table::arrow(path, columns, bytes)?));
+    }
     let start = start.strip_prefix(b"\xef\xbb\xbf".as_slice()).unwrap_or(start);
     Ok(match text_container(start, path, columns)? {
         Container::JsonArray => Box::new(json::Array::new(path, bytes)?),
@@ -51,19 +60,28 @@ pub(super) fn open(path: &Path, columns: &Columns, read: &Arc<AtomicU64>) -> Res
     })
 }
 
+/// A file to be read.
+pub(super) struct Opened {
+    /// Decompressed.
+    pub(super) bytes: Bytes,
+    /// Whether they had to be.
+    is_packed: bool,
+}
+
 /// The file's bytes, decompressed.
-pub(super) fn bytes(path: &Path, read: &Arc<AtomicU64>) -> Result<Bytes, DataError> {
+pub(super) fn bytes(path: &Path, read: &Arc<AtomicU64>) -> Result<Opened, DataError> {
     let io = |source| DataError::io(path, "read the data file")(source);
     let file = File::open(path).map_err(io)?;
     let mut raw = BufReader::with_capacity(BUFFER, Counted { file, read: Arc::clone(read) });
     let magic = raw.fill_buf().map_err(io)?;
-    Ok(if magic.starts_with(&[0x1f, 0x8b]) {
-        Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(raw)))
+    let unpacked: Box<dyn Read> = if magic.starts_with(&[0x1f, 0x8b]) {
+        Box::new(MultiGzDecoder::new(raw))
     } else if magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
-        Box::new(BufReader::with_capacity(BUFFER, Zstd::new(raw).map_err(io)?))
+        Box::new(zstd::Decoder::with_buffer(raw).map_err(io)?)
     } else {
-        Box::new(raw)
-    })
+        return Ok(Opened { bytes: Box::new(raw), is_packed: false });
+    };
+    Ok(Opened { bytes: Box::new(BufReader::with_capacity(BUFFER, unpacked)), is_packed: true })
 }
 
 /// The first bytes, as many as are at hand, without taking them.
@@ -98,9 +116,9 @@ fn text_container(start: &[u8], path: &Path, columns: &Columns) -> Result<Contai
 }
 
 /// A file that counts what is read from it.
-struct Counted {
-    file: File,
-    read: Arc<AtomicU64>,
+pub(super) struct Counted {
+    pub(super) file: File,
+    pub(super) read: Arc<AtomicU64>,
 }
 
 impl Read for Counted {
@@ -108,35 +126,5 @@ impl Read for Counted {
         let bytes = self.file.read(buffer)?;
         self.read.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(bytes)
-    }
-}
-
-/// Zstandard frames, one after the other.
-struct Zstd<R: BufRead> {
-    /// `None` only while one frame gives way to the next.
-    frame: Option<StreamingDecoder<R, ruzstd::decoding::FrameDecoder>>,
-}
-
-impl<R: BufRead> Zstd<R> {
-    fn new(raw: R) -> io::Result<Self> {
-        Ok(Self { frame: Some(StreamingDecoder::new(raw).map_err(io::Error::other)?) })
-    }
-}
-
-impl<R: BufRead> Read for Zstd<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while let Some(frame) = &mut self.frame {
-            let bytes = frame.read(buffer)?;
-            if bytes > 0 || buffer.is_empty() {
-                return Ok(bytes);
-            }
-            let Some(done) = self.frame.take() else { break };
-            let mut raw = done.into_inner();
-            if raw.fill_buf()?.is_empty() {
-                break;
-            }
-            self.frame = Some(StreamingDecoder::new(raw).map_err(io::Error::other)?);
-        }
-        Ok(0)
     }
 }

@@ -85,6 +85,5 @@ pub(super) fn holds_records(start: &[u8], delimiter: u8, columns: &Columns) -> b
 
 /// What is said of a table whose columns are strangers.
 pub(super) fn unknown_columns(path: &Path, start: &[u8]) -> DataError {
-    let found = names(start, b',').join(", ");
-    DataError::Columns { path: path.to_path_buf(), found: found.chars().take(200).collect() }
+    DataError::unknown_columns(path, &names(start, b','))
 }

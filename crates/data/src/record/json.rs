@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::de::IgnoredAny;
 
-use super::container::{self, Bytes, Raw};
+use super::container::{self, Bytes, Opened, Raw};
 use crate::error::DataError;
 
 /// One record a line; blank lines are passed over.
@@ -82,7 +82,7 @@ impl Iterator for Lines {
 
 /// Whether the whole file is one JSON value.
 fn is_one_value(path: &Path) -> bool {
-    container::bytes(path, &Arc::default()).is_ok_and(|mut bytes| {
+    container::bytes(path, &Arc::default()).is_ok_and(|Opened { mut bytes, .. }| {
         if bytes.fill_buf().is_ok_and(|start| start.starts_with(b"\xef\xbb\xbf")) {
             bytes.consume(3);
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use super::container::{self, Raw, Raws};
+use super::container::{self, Opened, Raw, Raws};
 use super::{Columns, Origin, Record, RecordFormat};
 use crate::error::DataError;
 
@@ -68,7 +68,7 @@ impl RecordReader {
 /// A file without a record: of nothing at all, or an empty list or table.
 fn nothing_in(path: &Path) -> DataError {
     let path = path.to_path_buf();
-    let blank = container::bytes(&path, &Arc::default()).is_ok_and(|mut bytes| {
+    let blank = container::bytes(&path, &Arc::default()).is_ok_and(|Opened { mut bytes, .. }| {
         bytes.fill_buf().is_ok_and(|start| {
             let start = start.strip_prefix(b"\xef\xbb\xbf".as_slice()).unwrap_or(start);
             start.iter().all(u8::is_ascii_whitespace)

@@ -320,8 +320,7 @@ fn compressed_files_are_told_by_their_first_bytes() {
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     gzip.write_all(lines.as_bytes()).unwrap();
     let gzip = gzip.finish().unwrap();
-    let zstd =
-        ruzstd::encoding::compress_to_vec(lines.as_bytes(), ruzstd::encoding::CompressionLevel::Fastest);
+    let zstd = zstd::encode_all(lines.as_bytes(), 1).unwrap();
     for packed in [gzip, zstd] {
         assert!(packed.len() < lines.len() / 10);
         let found = read(&packed).unwrap();
@@ -331,6 +330,86 @@ fn compressed_files_are_told_by_their_first_bytes() {
         let error = read(&packed[..packed.len() / 2]).unwrap_err().to_string();
         assert!(error.contains("cannot read the data file"), "{error}");
     }
+}
+
+/// What pyarrow wrote, by `make_tables.py`.
+fn table(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tables").join(name)
+}
+
+#[test]
+fn columns_of_every_kind_are_read() {
+    let auto = |path: &Path| read_file(path, RecordFormat::Auto, &Columns::default());
+    let expected: Vec<Record> = (0..300)
+        .map(|i| InstructRecord {
+            instruction: format!("Say {i}."),
+            input: if i % 3 == 0 { String::new() } else { format!("in {}", i % 7) },
+            output: format!("It is {i}, “so”.\n"),
+        })
+        .map(Record::from)
+        .collect();
+    let packings = ["snappy", "zstd", "gzip", "lz4"].map(|codec| format!("alpaca-{codec}.parquet"));
+    let others = ["alpaca.arrow", "others.parquet", "others.stream"].map(str::to_owned);
+    for name in packings.iter().chain(&others) {
+        let found = auto(&table(name)).unwrap();
+        assert_eq!((found.format, found.bad.count), (RecordFormat::Alpaca, 0), "{name}: {:?}", found.bad);
+        assert!(found.records == expected, "{name}");
+        assert_eq!((found.ignored_fields["score"], found.origins[299].record), (300, 300), "{name}");
+    }
+    for name in ["messages.parquet", "messages.stream"] {
+        let found = auto(&table(name)).unwrap();
+        assert_eq!(
+            (found.format, found.records.len()),
+            (RecordFormat::Messages, 300),
+            "{name}: {:?}",
+            found.bad
+        );
+        assert_eq!(found.records[299], conversation(None, &[("Say 299.", "It is 299."), ("Again.", "299")]));
+    }
+    // A stream is read in order, so that it may be packed; Parquet is not.
+    let dir = TempDir::new().unwrap();
+    let packed = |name: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, zstd::encode_all(fs::File::open(table(name)).unwrap(), 1).unwrap()).unwrap();
+        auto(&path)
+    };
+    assert!(packed("alpaca.arrow").unwrap().records == expected);
+    let error = packed("others.parquet").unwrap_err().to_string();
+    assert!(error.contains("packed by gzip or zstd") && error.contains("unpack it"), "{error}");
+    let error = auto(&table("lz4.arrow")).unwrap_err().to_string();
+    assert!(error.contains("lz4") && error.contains("without compression, or as Parquet"), "{error}");
+    let columns = Columns { instruction: Some("question".into()), ..Columns::default() };
+    let error = read_file(&table("alpaca.arrow"), RecordFormat::Auto, &columns).unwrap_err().to_string();
+    assert!(error.contains("the columns are instruction, input, output, score"), "{error}");
+}
+
+/// Cut anywhere, or with a byte changed anywhere, a table is read or refused, and never read in part.
+#[test]
+fn damaged_tables_are_refused() {
+    let dir = TempDir::new().unwrap();
+    let mut refused = 0;
+    for name in ["alpaca-snappy.parquet", "messages.parquet", "alpaca.arrow", "others.stream"] {
+        let bytes = fs::read(table(name)).unwrap();
+        let damaged = |bytes: &[u8]| {
+            let path = dir.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            read_file(&path, RecordFormat::Auto, &Columns::default())
+        };
+        for part in 1..12 {
+            let cut = bytes.len() * part / 12;
+            let error = damaged(&bytes[..cut]).unwrap_err().to_string();
+            assert!(error.contains("download it, or write it, again"), "{name} cut to {cut}: {error}");
+        }
+        for at in (0..bytes.len()).step_by(bytes.len() / 150) {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 1 << (at % 8);
+            match damaged(&bytes) {
+                Ok(found) => assert!(found.bad.records == 300 || at < 8, "{name}, byte {at}: {found:?}"),
+                Err(_) => refused += 1,
+            }
+        }
+    }
+    assert!(refused > 100, "{refused}");
 }
 
 /// Elements that end where one buffer ends and the next begins, and braces in strings.
