@@ -12,6 +12,17 @@ pub struct LayerCache {
 }
 
 impl LayerCache {
+    /// Forgets all but the first `tokens`.
+    pub(crate) fn truncate(&mut self, tokens: usize) {
+        self.kept = self.kept.take().filter(|_| tokens > 0).map(|(k, v)| {
+            let first = |x: Tensor<3>| {
+                let kept = tokens.min(x.dims()[0]);
+                x.narrow(0, 0, kept)
+            };
+            (first(k), first(v))
+        });
+    }
+
     /// Everything so far, with `k` and `v` behind it.
     fn append(&mut self, k: Tensor<3>, v: Tensor<3>) -> (Tensor<3>, Tensor<3>) {
         let all = match self.kept.take() {

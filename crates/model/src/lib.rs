@@ -35,7 +35,7 @@ pub use config::{DecoderConfig, SlidingWindow, Windowed};
 pub use decoder::{Decoder, Visit};
 pub use error::ModelError;
 pub use family::Family;
-pub use generate::{Sampling, generate};
+pub use generate::{Answer, Ending, KeyValueCache, Sampling, answer, generate};
 pub use gguf::{GgufAdapter, GgufFile, GgufPair, GgufTensor, GgufWriter, Value as GgufValue};
 pub use host_tensor::HostTensor;
 pub use layout::Layout;

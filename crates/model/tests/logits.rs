@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use burn::tensor::Device;
 use golden::{Answers, assert_close, devices, host, workspace};
 use pronk_lora::{Adapter, ForwardMode};
-use pronk_model::{Base, Decoder, LoadConfig, Sampling, generate};
+use pronk_model::{Base, Decoder, Ending, KeyValueCache, LoadConfig, Sampling, answer, generate};
 
 const VARIANTS: [&str; 12] = [
     "gqa",
@@ -178,8 +178,39 @@ fn generation_ends_where_it_is_told_to() {
     assert!(run(&prompt, &[], 0).is_empty());
 }
 
+/// A conversation: each prompt begins with the one before and its answer, as it was or otherwise.
+#[test]
+fn what_was_read_before_is_not_read_again() {
+    let listen = |_| ControlFlow::Continue(());
+    for (name, device) in devices() {
+        for variant in VARIANTS {
+            let decoder = decoder(variant, &device);
+            let mode = ForwardMode::inference(None);
+            let ids = Answers::read(&format!("tiny-{variant}/expected.safetensors")).ids("token_ids");
+            let mut cache = KeyValueCache::default();
+            let mut ask = |prompt: &[u32]| {
+                let found = answer(&mut cache, &decoder, mode, prompt, &[], greedy(6), listen).unwrap();
+                let alone = generate(&decoder, mode, prompt, &[], greedy(6), listen).unwrap();
+                assert_eq!(found.token_ids, alone, "tiny-{variant} on {name}");
+                assert_eq!(found.ending, Ending::Length);
+                found
+            };
+            let first = ask(&ids[..9]);
+            assert_eq!(first.computed, 9);
+            let mut next = [&ids[..9], &first.token_ids].concat();
+            next.extend(&ids[3..6]);
+            // The last token of an answer has not been read when it ends.
+            assert_eq!(ask(&next).computed, 4);
+            assert_eq!(ask(&next).computed, 1, "the same again");
+            next[7] = (next[7] + 1) % 50;
+            assert_eq!(ask(&next).computed, next.len() - 7, "another beginning");
+            assert_eq!(ask(&ids[..4]).computed, 1);
+        }
+    }
+}
+
 fn greedy(max_new_tokens: usize) -> Sampling {
-    Sampling { max_new_tokens, temperature: 0.0, top_p: 1.0, seed: 0 }
+    Sampling { max_new_tokens, ..Sampling::default() }
 }
 
 fn argmax(logits: &[f32]) -> u32 {

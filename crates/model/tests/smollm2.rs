@@ -112,7 +112,7 @@ fn logsumexp(row: &[f32]) -> f32 {
 fn check_greedy(decoder: &Decoder, expected: &Answers, prompt: usize, eos: u32, device: &str) {
     let token_ids = expected.ids(&format!("prompt{prompt}.token_ids"));
     let mut greedy = expected.ids(&format!("prompt{prompt}.greedy"));
-    let sampling = Sampling { max_new_tokens: greedy.len(), temperature: 0.0, top_p: 1.0, seed: 0 };
+    let sampling = Sampling { max_new_tokens: greedy.len(), ..Sampling::default() };
     if greedy.last() == Some(&eos) {
         greedy.pop(); // the goldens keep the end of sequence, `generate` does not
     }

@@ -51,8 +51,7 @@ impl Samples {
         adapter: &Adapter,
         tokenizer: &TextTokenizer,
     ) -> Result<SampleRound, TrainError> {
-        let sampling =
-            Sampling { max_new_tokens: self.max_new_tokens, temperature: 0.0, top_p: 1.0, seed: 0 };
+        let sampling = Sampling { max_new_tokens: self.max_new_tokens, ..Sampling::default() };
         let mode = ForwardMode::inference((step > 0).then_some(adapter));
         let answer = |prompt: &SamplePrompt| {
             let on_token = |_| ControlFlow::Continue(());
