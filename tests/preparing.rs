@@ -89,9 +89,36 @@ fn the_summary_counts_what_there_is() {
     }
     assert!(table.contains("dropped: answer cut away by max_seq_len"), "{table}");
     assert!(table.contains("up to    64 tokens") && table.contains('█'), "{table}");
-    // A prepared file sums itself up again.
-    let again = shop.pronk(["inspect", "data", "out"]).succeeds();
-    assert_eq!(again.out + "wrote out\n", *table);
+    // A prepared file sums itself up again, and is not let pass as it is.
+    let again = shop.pronk(["inspect", "data", "out"]).fails(&[
+        "answers-cut-away: 2 of 5, row ",
+        "expected at most 1 %",
+        "empty-outputs: 1 of 5, row ",
+        "expected none",
+        "To accept it: --allow empty-outputs",
+    ]);
+    assert!(again.out.starts_with(table.strip_suffix("wrote out\n").unwrap()), "{}", again.out);
+    assert!(again.out.contains("d.json: record 5: dropped, answer cut away"), "{}", again.out);
+    let allow = |checks: &[&str]| {
+        let allowed = checks.iter().flat_map(|check| ["--allow", check]);
+        shop.pronk(["inspect", "data", "out"].into_iter().chain(allowed))
+    };
+    let one = allow(&["empty-outputs"]).fails(&["out: 1 of 9 checks failed\n", "answers-cut-away"]);
+    assert!(one.out.contains("empty-outputs       allowed   1 of 5 (20.00 %)"), "{}", one.out);
+    allow(&["empty-outputs", "answers-cut-away"]).succeeds();
+    allow(&["empty-output"]).fails(&["empty-output", "unknown variant"]);
+}
+
+#[test]
+fn duplicates_are_not_on_both_sides() {
+    let shop = Workshop::new();
+    let twice = [records(), records()].concat();
+    shop.write("twice.json", json(&twice));
+    prep(&shop, &["twice.json"], "out", &["--val-size", "6", "--template", "alpaca-short"]).succeeds();
+    let ids: Vec<Vec<u32>> = (0..24).map(|k| row(&shop, "out", &k.to_string()).1).collect();
+    assert!(ids[18..].iter().all(|held_out| !ids[..18].contains(held_out)));
+    let run = prep(&shop, &["twice.json"], "out", &["--val-size", "1"]);
+    run.fails(&["val_size = 1: every row has more exact duplicates"]);
 }
 
 #[test]

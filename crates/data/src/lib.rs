@@ -8,10 +8,12 @@
 //! 4. [`example`]: a [`TokenizedExample`], token ids and which of them are labels
 //! 5. [`prepare`](mod@prepare): all records on all cores, as [`SpooledRows`] with a [`PrepareReport`]
 //! 6. [`prepared`]: the [`PreparedDataset`] and its file
+//!    ([`checks`] looks for what would spoil a run)
 //! 7. [`order`]: which row comes when
 //! 8. [`batch`]: rows laid end to end, without padding, as a [`PackedBatch`]
 
 pub mod batch;
+pub mod checks;
 pub mod error;
 pub mod example;
 mod files;
@@ -27,6 +29,7 @@ pub mod template;
 pub mod tokenizer;
 
 pub use batch::{MicroBatches, PackedBatch};
+pub use checks::{Check, Finding, check};
 pub use error::DataError;
 pub use example::{
     DropReason, ExampleView, Learn, RowConfig, Tokenized, TokenizedExample, tokenize, tokenize_prompt,
@@ -37,8 +40,8 @@ pub use order::{Mixture, Order, Part, epoch_order};
 pub use prepare::{DataFile, PrepareConfig, SpooledRows, key, prepare};
 pub use prepared::{PreparedDataset, Rows};
 pub use record::{
-    BadRecords, Columns, Conversation, Found, InstructRecord, Origin, Record, RecordFormat, RecordProblem,
-    RecordReader,
+    BadRecords, Columns, Conversation, Found, InstructRecord, Origin, Question, Record, RecordFormat,
+    RecordProblem, RecordReader,
 };
 pub use report::{FileReport, PrepareReport};
 pub use template::{CHAT_TEMPLATE, PROMPT_TEMPLATE, PromptTemplate, Role, Segment};

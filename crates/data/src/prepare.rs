@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+mod held_out;
 mod workers;
 
 use crate::error::DataError;
 use crate::example::{RowConfig, Tokenized};
 use crate::files;
-use crate::order::{Mixture, Part, shuffle};
+use crate::order::{Mixture, Part};
 use crate::prepared::file::{About, Tensor, offsets, write};
 use crate::prepared::{PreparedDataset, Rows};
 use crate::record::{BadRecords, Columns, Found, RecordFormat, RecordProblem, RecordReader};
@@ -25,11 +26,7 @@ use crate::template::PromptTemplate;
 use crate::tokenizer::TextTokenizer;
 
 /// Goes into every key. Raise it whenever the same input begins to give other rows, so that old files are redone.
-const FORMAT: u32 = 2;
-
-/// The seed of the held-out choice. Fixed, so that evaluation losses of two runs over the same data compare,
-/// whatever the seed of training.
-const HELD_OUT_SEED: u64 = 42;
+const FORMAT: u32 = 3;
 
 /// A data file and its share.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -103,7 +100,7 @@ fn digest(path: &Path) -> Result<impl std::ops::Deref<Target = [u8]>, DataError>
     }
 }
 
-/// Reads, renders and tokenizes all records, in memory that does not grow with them but for some 16 bytes a row: the
+/// Reads, renders and tokenizes all records, in memory that does not grow with them but for some 24 bytes a row: the
 /// rows lie in files without a name in the folder `scratch`. `progress` is told how many bytes of how many are read.
 pub fn prepare(
     config: &PrepareConfig,
@@ -118,9 +115,10 @@ pub fn prepare(
     let key = key(config, &template, tokenizer)?;
     let mut rows = Collecting {
         spool: Spool::new(scratch)?,
-        report: PrepareReport::default(),
+        report: PrepareReport { template_markers: template.markers(tokenizer), ..PrepareReport::default() },
         bad: BadRecords::default(),
         seen: HashSet::new(),
+        hashes: Vec::new(),
         rows_of: vec![0; config.files.len()],
     };
     rows.collect(readers, config, &template, tokenizer, progress)?;
@@ -182,6 +180,8 @@ struct Collecting {
     bad: BadRecords,
     /// Hashes of the records: 8 bytes each, where two different ones of a hundred million meet once in 3000 times.
     seen: HashSet<u64>,
+    /// Hashes of the rows.
+    hashes: Vec<u64>,
     /// Rows of each file.
     rows_of: Vec<usize>,
 }
@@ -219,7 +219,7 @@ impl Collecting {
             if !config.skip_bad && self.bad.count > 0 {
                 return Err(DataError::BadRecords(std::mem::take(&mut self.bad)));
             }
-            pool.finish(&mut |file, outcome| self.keep(file, outcome))
+            pool.finish(&mut |place, outcome| self.keep(place, outcome))
         })
     }
 
@@ -240,37 +240,36 @@ impl Collecting {
                 return Ok(());
             }
         };
-        let mut hasher = DefaultHasher::new();
-        record.hash(&mut hasher);
-        self.report.duplicates += usize::from(!self.seen.insert(hasher.finish()));
+        self.report.duplicates += usize::from(!self.seen.insert(hash_of(&record)));
         self.report.empty_outputs += usize::from(record.has_empty_output());
         for field in ignored {
             *self.report.ignored_fields.entry(field).or_default() += 1;
         }
         // Once there is a bad record that matters, the others are only read to name them all.
         if skip_bad || self.bad.count == 0 {
-            pool.push(file, origin, record, &mut |file, outcome| self.keep(file, outcome))?;
+            pool.push((file, origin), record, &mut |place, outcome| self.keep(place, outcome))?;
         }
         Ok(())
     }
 
     /// A row if there is one; the others are counted.
-    fn keep(&mut self, file: usize, outcome: Tokenized) -> Result<(), DataError> {
+    fn keep(&mut self, (file, origin): workers::Place, outcome: Tokenized) -> Result<(), DataError> {
         match outcome {
             Tokenized::Kept { example, truncated } => {
                 self.report.truncated += usize::from(truncated);
                 self.report.count_row(example.view());
+                self.hashes.push(hash_of(&example.token_ids));
                 self.rows_of.get_mut(file).into_iter().for_each(|rows| *rows += 1);
                 self.spool.push(example.view())
             }
             Tokenized::Dropped(reason) => {
-                *self.report.dropped.entry(reason).or_default() += 1;
+                self.report.count_dropped(reason, &origin);
                 Ok(())
             }
         }
     }
 
-    /// Holds rows out: by a shuffle of its own, the same at every call. Both parts keep file order.
+    /// Holds rows out. Both parts keep file order.
     fn finish(
         mut self,
         config: &PrepareConfig,
@@ -288,9 +287,13 @@ impl Collecting {
             let value = config.val_size.to_string();
             return Err(DataError::Setting { name: "val_size", value, message });
         }
-        let mut numbers: Vec<usize> = (0..rows).collect();
-        shuffle(&mut numbers, *b"pronk  held  out", HELD_OUT_SEED, 0);
-        let held_out: HashSet<usize> = numbers.into_iter().take(config.val_size).collect();
+        let held_out = held_out::held_out(&self.hashes, config.val_size);
+        if held_out.is_empty() && config.val_size > 0 {
+            let message = "every row has more exact duplicates than that, and they have to lie on one side; expected \
+                           more, or data without duplicates";
+            let value = config.val_size.to_string();
+            return Err(DataError::Setting { name: "val_size", value, message: message.to_owned() });
+        }
         self.report.train_rows = rows - held_out.len();
         self.report.validation_rows = held_out.len();
         let mut first = 0;
@@ -309,6 +312,12 @@ impl Collecting {
         let (template, max_seq_len) = (template.name().to_owned(), config.row.max_seq_len);
         Ok(SpooledRows { spool, held_out, key, mixture, report, template, max_seq_len })
     }
+}
+
+fn hash_of(content: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    content.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn nothing_left(config: &PrepareConfig, report: &PrepareReport) -> DataError {

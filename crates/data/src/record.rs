@@ -5,6 +5,7 @@ mod container;
 mod csv;
 mod format;
 mod json;
+mod question;
 mod reader;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use format::{Columns, RecordFormat};
+pub use question::Question;
 pub use reader::{Found, RecordReader};
 
 /// How many bad records an error message lists before it only counts.
@@ -50,6 +52,21 @@ impl Conversation {
     pub fn question(instruction: &str, input: &str) -> Self {
         let (instruction, input) = (instruction.to_owned(), input.to_owned());
         InstructRecord { instruction, input, output: String::new() }.into()
+    }
+
+    /// As a record of the format [`RecordFormat::Messages`].
+    pub fn to_messages(&self) -> serde_json::Value {
+        let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+        let system = self.system.iter().map(|system| message("system", system));
+        let turns = self.turns.iter().flat_map(|turn| {
+            let asked = if turn.input.is_empty() {
+                turn.instruction.clone()
+            } else {
+                format!("{}\n\n{}", turn.instruction, turn.input)
+            };
+            [message("user", &asked), message("assistant", &turn.output)]
+        });
+        serde_json::json!({"messages": system.chain(turns).collect::<Vec<_>>()})
     }
 }
 

@@ -5,10 +5,13 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::example::{DropReason, ExampleView};
-use crate::record::RecordFormat;
+use crate::record::{Origin, RecordFormat};
 
 /// The smallest bucket of the length histogram, in tokens.
 const FIRST_BUCKET: usize = 32;
+
+/// How many dropped records of a kind are named.
+const LISTED: usize = 5;
 
 /// The sums of a preparation. Rows and tokens count training and held-out rows together unless named otherwise.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -34,6 +37,12 @@ pub struct PrepareReport {
     pub truncated: usize,
     /// Records that gave no row, by reason.
     pub dropped: BTreeMap<DropReason, usize>,
+    /// Where the first of them stand.
+    #[serde(default)]
+    pub first_dropped: BTreeMap<DropReason, Vec<String>>,
+    /// What the template writes around what is said, and no answer should: lines that mark who speaks.
+    #[serde(default)]
+    pub template_markers: Vec<String>,
     /// Records that equal an earlier one in all that is used of them. They are kept.
     pub duplicates: usize,
     /// Records with an answer that is empty or white space, which teaches only to stop. They are kept.
@@ -94,6 +103,15 @@ impl PrepareReport {
     /// Records that gave no row, whatever the reason.
     pub fn dropped_rows(&self) -> usize {
         self.dropped.values().sum()
+    }
+
+    /// Counts a record that gives no row.
+    pub(crate) fn count_dropped(&mut self, reason: DropReason, origin: &Origin) {
+        *self.dropped.entry(reason).or_default() += 1;
+        let first = self.first_dropped.entry(reason).or_default();
+        if first.len() < LISTED {
+            first.push(origin.to_string());
+        }
     }
 
     /// Counts a row.

@@ -5,6 +5,7 @@
 
 mod built_in;
 mod chat;
+mod markers;
 mod ollama;
 mod python;
 mod record_style;

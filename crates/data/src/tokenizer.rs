@@ -6,6 +6,7 @@ mod hugging_face;
 mod sentence_piece;
 mod stream;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
@@ -155,6 +156,12 @@ impl TextTokenizer {
         let is_name = |key: &str| key.ends_with("_token") && !key.starts_with("add_");
         let named = self.config.iter().filter(|(key, _)| is_name(key));
         named.filter_map(|(key, value)| Some((key.clone(), token_name(value)?.to_owned()))).collect()
+    }
+
+    /// The tokens that are no text, such as `</s>` and `<|im_start|>`, with their spelling.
+    pub fn control_tokens(&self) -> HashMap<u32, String> {
+        let added = self.tokenizer.get_added_tokens_decoder();
+        added.into_iter().filter(|(_, token)| token.special).map(|(id, token)| (id, token.content)).collect()
     }
 
     /// Token ids of `text`, with neither BOS nor EOS. The name of a special token inside `text` becomes that

@@ -2,34 +2,100 @@ use std::fmt::Write;
 use std::path::Path;
 
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use pronk_data::{ExampleView, PreparedDataset, TextTokenizer};
+use pronk_data::checks::Shown;
+use pronk_data::{Check, ExampleView, Finding, PreparedDataset, TextTokenizer};
 use pronk_lora::ForwardMode;
 use pronk_model::LoadConfig;
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::prep;
-use crate::base;
+use crate::base::{self, OpenedBase};
 use crate::terminal::{print, stdout_has_colour};
 
-/// `pronk inspect data`
-pub fn data(file: &Path, row: Option<usize>, base: Option<&str>) -> Result<()> {
+/// `pronk inspect data`: the summary, and what would spoil a run.
+pub fn data(file: &Path, base: Option<&str>, allow: &[Check]) -> Result<()> {
     let prepared = PreparedDataset::read(file).into_diagnostic()?;
-    let Some(row) = row else {
-        print(&prep::summary(&prepared.report));
+    print(&prep::summary(&prepared.report));
+    let opened = base_of(&prepared, base, "the checks read tokens as text")?;
+    let findings = pronk_data::check(&prepared, &opened.tokenizer).into_diagnostic()?;
+    print(&findings.iter().map(|finding| outcome(finding, allow)).collect::<String>());
+    let failed: Vec<String> =
+        findings.iter().filter(|f| f.fails() && !allow.contains(&f.check)).map(complaint).collect();
+    if failed.is_empty() {
         return Ok(());
+    }
+    Err(miette!(
+        "{}: {} of {} checks failed\n{}",
+        file.display(),
+        failed.len(),
+        findings.len(),
+        failed.join("\n")
+    ))
+}
+
+/// A line for a check, with the first rows that it found below it.
+fn outcome(finding: &Finding, allow: &[Check]) -> String {
+    let Finding { check, count, of, shown } = finding;
+    let verdict = match (finding.fails(), count) {
+        (true, _) if allow.contains(check) => "allowed",
+        (true, _) => "FAILED",
+        (false, 0) => "ok",
+        (false, _) => "let pass",
     };
+    let mut text = format!("{:<20}{verdict:<10}", check.to_string());
+    if *count > 0 {
+        let _ = write!(text, "{count} of {of} ({:.2} %)", 100.0 * finding.share());
+    }
+    text = format!("{}\n", text.trim_end());
+    for Shown { row, what } in shown {
+        let place = row.map_or_else(String::new, |row| format!("row {row}: "));
+        let _ = writeln!(text, "    {place}{what}");
+    }
+    if *count > shown.len() && !shown.is_empty() {
+        text += "    ..\n";
+    }
+    text
+}
+
+/// What a failed check found, expected, and what to do.
+fn complaint(finding: &Finding) -> String {
+    let Finding { check, count, of, shown } = finding;
+    let rows: Vec<String> = shown.iter().filter_map(|shown| Some(shown.row?.to_string())).collect();
+    let rows = match rows.as_slice() {
+        [] => String::new(),
+        [one] => format!(", row {one}"),
+        several => {
+            format!(", rows {}{}", several.join(", "), if *count > several.len() { " .." } else { "" })
+        }
+    };
+    let expected = match check.let_pass() {
+        0.0 => "none".to_owned(),
+        share => format!("at most {} %", 100.0 * share),
+    };
+    format!(
+        "{check}: {count} of {of}{rows}; expected {expected}: {}. To accept it: --allow {check}",
+        check.advice()
+    )
+}
+
+/// The base that `prepared` was made with, or the one that is named.
+fn base_of(prepared: &PreparedDataset, named: Option<&str>, why: &str) -> Result<OpenedBase> {
+    match named.or(prepared.report.base.as_deref()) {
+        Some(base) => base::open(base, Path::new(".")),
+        None => Err(miette!("{why}: add --base with the base the file was prepared for")),
+    }
+}
+
+/// `pronk inspect data --row`
+pub fn row(file: &Path, row: usize, base: Option<&str>) -> Result<()> {
+    let prepared = PreparedDataset::read(file).into_diagnostic()?;
     let train = prepared.train.len();
     let rows = train + prepared.validation.len();
     let example = if row < train { prepared.train.get(row) } else { prepared.validation.get(row - train) };
     let Some(example) = example else {
         return Err(miette!("--row {row}: {} has {rows} rows, counted from 0", file.display()));
     };
-    let Some(base) = base.or(prepared.report.base.as_deref()) else {
-        return Err(miette!(
-            "--row shows tokens as text: add --base with the base the file was prepared for"
-        ));
-    };
-    let opened = base::open(base, Path::new("."))?;
+    let opened = base_of(&prepared, base, "--row shows tokens as text")?;
     let held_out = if row < train { "" } else { ", held out" };
     print(&format!("row {row}{held_out}: {} tokens, {} learned\n", example.tokens(), example.supervised()));
     print(&tokens(example, &opened.tokenizer, stdout_has_colour()));

@@ -16,13 +16,13 @@ use crate::tokenizer::{Encoder, TextTokenizer};
 /// Records a worker takes at a time: enough to make the queue's cost vanish, few enough for all to end together.
 pub(super) const CHUNK: usize = 256;
 
-/// Records with the number of their file.
-type Records = Vec<(usize, Origin, Record)>;
-/// Rows with the number of their file.
-type Outcomes = Result<Vec<(usize, Tokenized)>, DataError>;
+/// The number of a record's file, and where it stands there.
+pub(super) type Place = (usize, Origin);
+type Records = Vec<(Place, Record)>;
+type Outcomes = Result<Vec<(Place, Tokenized)>, DataError>;
 
 /// Takes what became of records, in the order of the records.
-pub(super) type Keep<'a> = &'a mut dyn FnMut(usize, Tokenized) -> Result<(), DataError>;
+pub(super) type Keep<'a> = &'a mut dyn FnMut(Place, Tokenized) -> Result<(), DataError>;
 
 /// The way to the workers and back.
 pub(super) struct Pool<'a> {
@@ -83,23 +83,19 @@ fn tokenize_chunk(
     template: &PromptTemplate,
     config: RowConfig,
 ) -> Outcomes {
-    let rows = records.into_iter().map(|(file, origin, record)| {
-        let row = tokenize(encoder, &record, template, config);
-        row.map(|row| (file, row)).map_err(|source| DataError::Record { origin, source: Box::new(source) })
+    let rows = records.into_iter().map(|((file, origin), record)| {
+        match tokenize(encoder, &record, template, config) {
+            Ok(row) => Ok(((file, origin), row)),
+            Err(source) => Err(DataError::Record { origin, source: Box::new(source) }),
+        }
     });
     rows.collect()
 }
 
 impl Pool<'_> {
     /// Passes a record on; `keep` gets the rows that are done meanwhile.
-    pub(super) fn push(
-        &mut self,
-        file: usize,
-        origin: Origin,
-        record: Record,
-        keep: Keep<'_>,
-    ) -> Result<(), DataError> {
-        self.chunk.push((file, origin, record));
+    pub(super) fn push(&mut self, place: Place, record: Record, keep: Keep<'_>) -> Result<(), DataError> {
+        self.chunk.push((place, record));
         if self.chunk.len() < CHUNK {
             return Ok(());
         }
@@ -137,8 +133,8 @@ impl Pool<'_> {
     fn keep_in_order(&mut self, keep: Keep<'_>) -> Result<(), DataError> {
         while let Some(rows) = self.early.remove(&self.kept) {
             self.kept += 1;
-            for (file, row) in rows? {
-                keep(file, row)?;
+            for (place, row) in rows? {
+                keep(place, row)?;
             }
         }
         Ok(())

@@ -249,9 +249,18 @@ enum Author {
     Assistant,
 }
 
-/// Messages as a conversation: perhaps a system message, then user and assistant in turn. A last question without
-/// an answer teaches nothing and is left off.
+/// Messages as a conversation. A last question without an answer teaches nothing and is left off.
 fn conversation(messages: Vec<Value>, field: &str) -> Result<Conversation, String> {
+    let (found, _) = dialogue(messages, field)?;
+    if found.turns.is_empty() {
+        return Err(format!("`{field}` has no answered question, so that there is nothing to learn"));
+    }
+    Ok(found)
+}
+
+/// Messages as a conversation, perhaps a system message, then user and assistant in turn; and a last question that
+/// has no answer.
+pub(super) fn dialogue(messages: Vec<Value>, field: &str) -> Result<(Conversation, Option<String>), String> {
     let mut found = Conversation::default();
     let mut question: Option<String> = None;
     for (number, message) in (1..).zip(messages) {
@@ -274,10 +283,7 @@ fn conversation(messages: Vec<Value>, field: &str) -> Result<Conversation, Strin
             },
         }
     }
-    if found.turns.is_empty() {
-        return Err(format!("`{field}` has no answered question, so that there is nothing to learn"));
-    }
-    Ok(found)
+    Ok((found, question))
 }
 
 /// Author and text of a message, by the names of either convention.
@@ -308,7 +314,7 @@ fn message_parts(mut message: Value) -> Result<(Author, String), String> {
 }
 
 /// What a JSON value is, in words.
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",
