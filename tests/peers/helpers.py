@@ -20,11 +20,20 @@ logging.disable_progress_bar()
 
 def pronk(*arguments) -> str:
     """Runs pronk and returns its standard output; what it complains of becomes the test's failure."""
+    return run(arguments).stdout
+
+
+def chat(lines: str, *arguments) -> list[str]:
+    """Runs `pronk chat` on these lines and returns those of its standard error."""
+    return run(("chat", *arguments), lines).stderr.splitlines()
+
+
+def run(arguments, lines: str = "") -> subprocess.CompletedProcess:
     assert PRONK.is_file(), f"{PRONK} is missing: cargo build --release, or set PRONK"
     command = [str(a) for a in (PRONK, *arguments)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=900)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=900, input=lines)
     assert done.returncode == 0, f"{' '.join(command)}\nexit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return done
 
 
 @dataclass

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pronk_data::{Learn, RecordFormat};
+use pronk_data::{Check, Learn, RecordFormat};
 use pronk_export::{GgufType, Runtime};
 use pronk_model::Scheme;
 
@@ -31,8 +31,10 @@ pub enum Command {
     Adapter(AdapterArgs),
     /// Writes an adapter for another runtime, and proves the result
     Export(Export),
-    /// Answers an instruction
+    /// Answers an instruction, or a file of them
     Generate(Generate),
+    /// Talks: question and answer in turn
+    Chat(Chat),
     /// Shows what a prepared file holds, or what a model computes
     Inspect(Inspect),
     /// Writes a base of a published shape with random weights, to measure with
@@ -43,7 +45,8 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct Prep {
-    /// Data files: JSON array, JSON Lines or CSV, as they are or packed by gzip or zstd; Parquet or Arrow
+    /// Data files: JSON array, JSON Lines or CSV, as they are or packed by gzip or zstd; Parquet or Arrow; or a
+    /// data set of the hub, OWNER/NAME[/FOLDER][@REVISION]
     #[arg(long, num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
     /// What a record is: auto looks at the first ones, and says what it found
@@ -238,38 +241,69 @@ pub enum Dtype {
     Bf16,
 }
 
+/// Who answers, and how.
 #[derive(Debug, Args)]
-pub struct Generate {
+pub struct Speaking {
     /// The base: a Hugging Face directory, a GGUF file, or a hub id
     #[arg(long)]
     pub base: String,
-    /// The adapter's directory
-    #[arg(long)]
-    pub adapter: Option<PathBuf>,
-    /// What to do
-    #[arg(long)]
-    pub instruction: String,
-    /// What to do it with
-    #[arg(long, default_value = "")]
-    pub input: String,
+    /// The adapter's directory; several, each with a name, to choose from
+    #[arg(long, value_name = "[NAME=]DIR")]
+    pub adapter: Vec<String>,
     /// alpaca, alpaca-short, vicuna; chat, the base's own chat template; or a minijinja file. Left out, the one that
     /// the adapter was trained with; without one, the base's own, else alpaca
     #[arg(long)]
     pub template: Option<String>,
-    /// Tokens of the answer at most
+    /// Tokens of an answer at most
     #[arg(long, default_value_t = 256, allow_negative_numbers = true)]
     pub max_new_tokens: usize,
     /// 0 always takes the likeliest token
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
+    /// Draw from so many of the likeliest tokens; 0: from all
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
     /// Draw from the likeliest tokens that together have this probability
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f64,
+    /// Draw from tokens that are at least this share as likely as the likeliest
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    pub min_p: f64,
+    /// Above 1, tokens that are there already become less likely
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    pub repetition_penalty: f64,
     /// Seeds the draws
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Show the token ids that the base is given, on standard error
+    #[arg(long)]
+    pub verbose_prompt: bool,
     #[command(flatten)]
     pub device: DeviceArgument,
+}
+
+#[derive(Debug, Args)]
+pub struct Generate {
+    #[command(flatten)]
+    pub speaking: Speaking,
+    /// What to do
+    #[arg(long, required_unless_present = "batch", conflicts_with = "batch")]
+    pub instruction: Option<String>,
+    /// What to do it with
+    #[arg(long, default_value = "", conflicts_with = "batch")]
+    pub input: String,
+    /// JSON Lines to answer: records with instruction and input, messages, or prompt; and perhaps adapter, by name
+    #[arg(long, value_name = "FILE", requires = "out")]
+    pub batch: Option<PathBuf>,
+    /// The same lines, each with its `generated_text`; what it holds already is not made again
+    #[arg(long, value_name = "FILE", requires = "batch")]
+    pub out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct Chat {
+    #[command(flatten)]
+    pub speaking: Speaking,
 }
 
 #[derive(Debug, Args)]
@@ -280,7 +314,9 @@ pub struct Inspect {
 
 #[derive(Debug, Subcommand)]
 pub enum What {
-    /// A prepared file: its summary, or one row's exact tokens
+    /// A prepared file: its summary, and what in it would spoil a run; or one row's exact tokens
+    ///
+    /// Exits 1 where a check fails.
     Data {
         /// The prepared file
         file: PathBuf,
@@ -290,6 +326,9 @@ pub enum What {
         /// The base whose tokens the file holds; left out, the base it was prepared with
         #[arg(long)]
         base: Option<String>,
+        /// Go on where this check fails, such as `one-answer`
+        #[arg(long, value_parser = check, value_name = "CHECK")]
+        allow: Vec<Check>,
     },
     /// The logits of every token of a text, as a safetensors file to compare runtimes with
     Logits {
@@ -340,6 +379,10 @@ fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, serde::de::valu
 }
 
 fn record_format(text: &str) -> Result<RecordFormat, serde::de::value::Error> {
+    word(text)
+}
+
+fn check(text: &str) -> Result<Check, serde::de::value::Error> {
     word(text)
 }
 

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod bench;
+mod chat;
 mod devices;
 mod export;
 mod generate;
@@ -31,9 +32,11 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
             AdapterCommand::Combine(args) => adapter::combine(&args),
         },
         Command::Export(args) => export::run(&args),
-        Command::Generate(args) => generate::run(&args),
+        Command::Generate(args) => return generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => match args.what {
-            What::Data { file, row, base } => inspect::data(&file, row, base.as_deref()),
+            What::Data { file, row: Some(row), base, .. } => inspect::row(&file, row, base.as_deref()),
+            What::Data { file, base, allow, .. } => inspect::data(&file, base.as_deref(), &allow),
             What::Logits { base, adapter, text, out, device } => {
                 inspect::logits(&base, adapter.as_deref(), &text, &out, &device.device)
             }

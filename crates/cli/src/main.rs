@@ -6,6 +6,7 @@ mod args;
 mod base;
 mod cards;
 mod commands;
+mod datasets;
 mod gguf_keys;
 mod loaded;
 mod modelfile;
@@ -14,6 +15,7 @@ mod progress;
 mod proof;
 mod recipe;
 mod sizes;
+mod speaker;
 mod speed;
 mod terminal;
 

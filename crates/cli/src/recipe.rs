@@ -12,6 +12,8 @@ use pronk_train::TrainConfig;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use toml::{Table, Value};
 
+use crate::datasets;
+
 /// A whole recipe. Relative paths are relative to the recipe's folder.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recipe {
@@ -93,7 +95,7 @@ pub enum Compute {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataTable {
-    /// Data files; each a path, or a path with a weight.
+    /// Data files, or data sets of the hub; each a path, or a path with a weight.
     pub files: Vec<FileEntry>,
     /// What a record is.
     pub format: RecordFormat,
@@ -272,7 +274,11 @@ impl Recipe {
         let recipe = std::path::absolute(recipe).into_diagnostic()?;
         let folder = recipe.parent().unwrap_or(Path::new("/"));
         let absolute = |path: &mut PathBuf| *path = folder.join(&*path);
-        self.data.files.iter_mut().map(FileEntry::path_mut).for_each(absolute);
+        for path in self.data.files.iter_mut().map(FileEntry::path_mut) {
+            if folder.join(&*path).exists() || !datasets::is_name(path) {
+                absolute(path);
+            }
+        }
         absolute(&mut self.run.dir);
         self.lora.init_adapter.iter_mut().for_each(absolute);
         for name in [&mut self.base.path, &mut self.data.template] {
@@ -283,6 +289,16 @@ impl Recipe {
             }
         }
         Ok(self)
+    }
+
+    /// Puts the files of data sets of the hub in their place: the run is of those, whatever is published later.
+    pub fn fetch_data(&mut self) -> Result<()> {
+        let files: Vec<DataFile> = self.data.files.iter().cloned().map(DataFile::from).collect();
+        let found = datasets::fetch(files.clone())?;
+        if found != files {
+            self.data.files = found.into_iter().map(FileEntry::Weighted).collect();
+        }
+        Ok(())
     }
 
     /// The recipe with every default filled in, as it is saved with its run.

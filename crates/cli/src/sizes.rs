@@ -28,6 +28,7 @@ pub fn settle(
     memory: &MemoryPlan,
     prepare: impl FnOnce(&PrepareConfig) -> Result<PreparedDataset>,
 ) -> Result<Settled> {
+    recipe.fetch_data()?;
     let mut found = String::new();
     let positions = opened.base.config.max_position_embeddings;
     // Where not even the shortest row fits, what would do is told once the rows are known.

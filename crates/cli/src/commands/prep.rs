@@ -8,7 +8,7 @@ use crate::args::Prep;
 use crate::terminal::print;
 use crate::{
     base::{self, OpenedBase},
-    progress,
+    datasets, progress,
 };
 
 /// `pronk prep`
@@ -17,7 +17,7 @@ pub fn run(args: Prep) -> Result<()> {
     let columns = columns(&args.column)?;
     let opened = base::open(&args.base, Path::new("."))?;
     let config = PrepareConfig {
-        files: args.data.into_iter().map(Into::into).collect(),
+        files: datasets::fetch(args.data.into_iter().map(Into::into).collect())?,
         format: args.format,
         columns,
         template: args.template,
