@@ -75,3 +75,12 @@ def test_dora_trained_here_loads_in_peft(tmp_path):
     expected = get_peft_model_state_dict(load(base, run / "adapter"))
     assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in expected.items()}
     assert sum("magnitude" in name for name in saved) == 14
+
+
+def test_extracted_adapter_is_the_merged_one(tmp_path):
+    base, adapter = GOLDEN / "tiny-gqa", GOLDEN / "adapter-gqa"
+    merged, out = tmp_path / "merged", tmp_path / "extracted"
+    pronk("merge", "--base", base, "--adapter", adapter, "--out", merged, "--dtype", "f32")
+    pronk("adapter", "extract", "--base", base, "--tuned", merged, "--rank", "4", "--out", out)
+    found = pronk_logits(tmp_path / "logits.safetensors", base, adapter)
+    assert_same(found.logits, logits_of(load(base, out), found.token_ids))

@@ -183,6 +183,8 @@ pub enum AdapterCommand {
     },
     /// A weighted sum of adapters, as PEFT's `add_weighted_adapter` forms it
     Combine(Combine),
+    /// An adapter out of a tuned model: the largest singular values of what sets it apart from its base
+    Extract(Extract),
 }
 
 #[derive(Debug, Args)]
@@ -199,6 +201,28 @@ pub struct Combine {
     /// cat: the exact sum, at the sum of the ranks. linear: sums of A and of B, at one rank
     #[arg(long, value_enum, default_value = "cat")]
     pub method: Method,
+}
+
+#[derive(Debug, Args)]
+pub struct Extract {
+    /// The base: a Hugging Face directory, a GGUF file, or a hub id
+    #[arg(long)]
+    pub base: String,
+    /// The same model, tuned
+    #[arg(long)]
+    pub tuned: String,
+    /// The directory to write; it must not exist, or be empty
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Rank of the adapter
+    #[arg(long, default_value_t = 16)]
+    pub rank: usize,
+    /// Linear layers that may get an adapter; left out, all of the blocks
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub target_modules: Vec<String>,
+    /// Seeds the directions in which singular values are looked for
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
 }
 
 /// How adapters become one.

@@ -30,6 +30,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Adapter(args) => match args.what {
             AdapterCommand::Info { dir } => adapter::info(&dir),
             AdapterCommand::Combine(args) => adapter::combine(&args),
+            AdapterCommand::Extract(args) => adapter::extract(&args),
         },
         Command::Export(args) => export::run(&args),
         Command::Generate(args) => return generate::run(&args),

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{CHAT_TEMPLATE, PROMPT_TEMPLATE};
+use pronk_export::Extraction;
 use pronk_kernels::open_device;
-use pronk_lora::{Adapter, Combination, ModuleSummary, base_of};
+use pronk_lora::{Adapter, AllLinear, Combination, LoraConfig, ModuleSummary, TargetModules, base_of};
 
-use crate::args::{Combine, Method};
+use crate::args::{Combine, Extract, Method};
 use crate::terminal::print;
+use crate::{base, progress};
 
 /// `pronk adapter info`
 pub fn info(dir: &Path) -> Result<()> {
@@ -116,6 +118,52 @@ pub fn combine(args: &Combine) -> Result<()> {
     let modules = combined.summary().into_diagnostic()?;
     print(&describe(&combined, &modules, Some(&base)));
     Ok(())
+}
+
+/// `pronk adapter extract`
+pub fn extract(args: &Extract) -> Result<()> {
+    must_be_new(&args.out)?;
+    let [base, tuned] = [&args.base, &args.tuned].map(|name| base::open(name, Path::new(".")));
+    let (base, tuned) = (base?, tuned?);
+    let target_modules = if args.target_modules.is_empty() {
+        TargetModules::Word(AllLinear::AllLinear)
+    } else {
+        TargetModules::Names(args.target_modules.clone())
+    };
+    // Alpha at the rank is a scale of one.
+    let config =
+        LoraConfig { rank: args.rank, alpha: args.rank as f64, target_modules, ..LoraConfig::default() };
+    config.validate().into_diagnostic()?;
+    let device = open_device("cpu").into_diagnostic()?;
+    let bar = progress::bar("extracting", 0);
+    let progress = |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    };
+    let extraction = pronk_export::extract(&base.base, &tuned.base, &config, args.seed, &device, progress);
+    bar.finish_and_clear();
+    let extraction = extraction.into_diagnostic()?;
+    extraction.adapter.save(&args.out, &base.name, false).into_diagnostic()?;
+    print(&kept(&extraction));
+    Ok(())
+}
+
+/// How much of the difference the adapter holds, by kind of layer.
+fn kept(extraction: &Extraction) -> String {
+    let mut kinds: BTreeMap<&str, [f64; 2]> = BTreeMap::new();
+    for layer in &extraction.layers {
+        let [kept, energy] = kinds.entry(layer.name.rsplit('.').next().unwrap_or_default()).or_default();
+        (*kept, *energy) = (*kept + layer.kept, *energy + layer.energy);
+    }
+    let mut text = format!("kept {:.1} % of the difference's energy in\n", 100.0 * extraction.kept());
+    for (kind, [kept, energy]) in kinds {
+        text += &format!("{kind:<14} {:>6.1} %\n", 100.0 * kept / energy);
+    }
+    if let Some(first) = extraction.left_out.first() {
+        let count = extraction.left_out.len();
+        text += &format!("warning: {count} tensor(s) differ and are left out, such as {first}\n");
+    }
+    text
 }
 
 /// Refuses a directory with something in it.

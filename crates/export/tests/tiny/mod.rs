@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_export::{ExportError, MergeOptions, MergeReport, merge};
-use pronk_lora::{Adapter, LoraConfig, TargetModules};
+use pronk_lora::{Adapter, LoraConfig, LoraPair, TargetModules};
 use pronk_model::Base;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -47,6 +47,11 @@ pub fn random(base: &Base, targets: &[&str], size: f32) -> Adapter {
         pair.b = Tensor::from_data(TensorData::new(values, [rows, rank]), &device());
     }
     adapter
+}
+
+/// `scale * B A`.
+pub fn values_of(pair: &LoraPair) -> Vec<f32> {
+    (pair.b.clone().matmul(pair.a.clone()) * pair.scale).try_to_vec_as().unwrap()
 }
 
 pub fn options() -> MergeOptions {
