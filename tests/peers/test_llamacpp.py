@@ -76,7 +76,8 @@ def test_adapter_of_smollm2(gguf, smollm2, smollm2_adapter, tmp_path):
     assert largest_difference("SmolLM2, adapter", found, expected) < 1e-3
 
 
-@pytest.mark.parametrize("kind, tolerance", [("f32", 1e-3), ("f16", 2e-2)])
+# In float16 llama.cpp rounds activations to it as well.
+@pytest.mark.parametrize("kind, tolerance", [("f32", 1e-3), ("f16", 3e-2)])
 def test_merged_smollm2(gguf, smollm2, smollm2_adapter, tmp_path, kind, tolerance):
     ids, expected = smollm2
     merge_gguf(gguf, smollm2_adapter, tmp_path / "out", kind)

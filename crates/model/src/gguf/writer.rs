@@ -145,8 +145,8 @@ fn add_bare(header: &mut Vec<u8>, value: &Value) -> Result<(), String> {
         Value::Bool(flag) => header.push(u8::from(*flag)),
         Value::String(text) => add_text(header, text),
         Value::Array(values) => {
-            // An empty list says nothing of its type, and nobody asks.
-            let kind = values.first().map_or(type_number(&Value::U32(0)), type_number);
+            // An empty list says nothing of its type. The one that may be empty, merges, is of texts.
+            let kind = values.first().map_or(TEXT, type_number);
             if values.iter().any(|value| type_number(value) != kind) {
                 return Err("a list of values of several types".to_owned());
             }
@@ -157,6 +157,9 @@ fn add_bare(header: &mut Vec<u8>, value: &Value) -> Result<(), String> {
     }
     Ok(())
 }
+
+/// The type of texts.
+const TEXT: u32 = 8;
 
 /// The number that stands for a value's type, `gguf_metadata_value_type`.
 fn type_number(value: &Value) -> u32 {
@@ -169,7 +172,7 @@ fn type_number(value: &Value) -> u32 {
         Value::I32(_) => 5,
         Value::F32(_) => 6,
         Value::Bool(_) => 7,
-        Value::String(_) => 8,
+        Value::String(_) => TEXT,
         Value::Array(_) => 9,
         Value::U64(_) => 10,
         Value::I64(_) => 11,
