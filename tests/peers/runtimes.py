@@ -72,15 +72,25 @@ class LlamaCpp:
     def after(self, token_ids: list[int], vocab: int) -> torch.Tensor:
         rows = []
         for n in lengths(token_ids):
-            answer = self.server.handle_completions({
-                "prompt": token_ids[:n], "n_predict": 1, "n_probs": vocab, "temperature": 1.0, "cache_prompt": False,
-            })  # fmt: skip
-            assert "choices" in answer, answer
+            top = self.first_token(token_ids[:n], vocab)["top_logprobs"]
             row = torch.full((vocab,), -float("inf"), dtype=torch.double)
-            for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            for token in top:
                 row[token["id"]] = token["logprob"]
             rows.append(row)
         return torch.stack(rows)
+
+    def first_token(self, token_ids: list[int], vocab: int) -> dict:
+        """Drawn until it is one that shows: of half a character, or one that ends the text, the server says nothing. The
+        probabilities are those of the bare logits, whichever is drawn."""
+        for seed in range(32):
+            answer = self.server.handle_completions({
+                "prompt": token_ids, "n_predict": 1, "n_probs": vocab, "temperature": 1.0, "seed": seed,
+                "ignore_eos": True, "cache_prompt": False,
+            })  # fmt: skip
+            assert "choices" in answer, answer
+            if answer["choices"][0]["logprobs"]:
+                return answer["choices"][0]["logprobs"]["content"][0]
+        raise AssertionError("32 draws, and none of them shows")
 
 
 def float32_gguf(source: Path, out: Path) -> Path:
