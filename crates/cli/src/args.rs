@@ -46,7 +46,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Prep {
     /// Data files: JSON array, JSON Lines or CSV, as they are or packed by gzip or zstd; Parquet or Arrow; or a
-    /// data set of the hub, OWNER/NAME[/FOLDER][@REVISION]
+    /// data set of the hub, `OWNER/NAME`, perhaps with `/FOLDER` and `@REVISION`
     #[arg(long, num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
     /// What a record is: auto looks at the first ones, and says what it found
