@@ -14,6 +14,7 @@ mod config;
 mod decoder;
 mod error;
 mod family;
+mod fingerprint;
 mod generate;
 mod gguf;
 mod host_tensor;
