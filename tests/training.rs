@@ -338,8 +338,12 @@ fn every_optimizer_learns_and_goes_on() {
                 shop.metrics(optimizer).iter().filter_map(|line| line["eval_loss"].as_f64()).collect();
             assert!(evals[2] < evals[0], "{optimizer}: {evals:?}");
         }
-        let run = shop.resume("lion-stopped", device, &["train.optimizer=adamw", "train.max_steps=9"]);
-        run.fails(&["no whole checkpoint"]);
+        let other = ["train.optimizer=adamw", "train.max_steps=9"];
+        let words =
+            ["recipe: train.optimizer was \"lion\", is \"adamw\"", "recipe: train.max_steps was 8, is 9"];
+        shop.resume("lion-stopped", device, &other).fails(&words);
+        let run = shop.resume_changed("lion-stopped", device, &other);
+        run.fails(&["checkpoints/step-000008/optimizer.safetensors", "lora_A.m"]);
     }
 }
 
@@ -397,7 +401,7 @@ fn an_interrupted_run_goes_on_as_if_nothing_had_happened() {
 
         let stopped_at = shop.losses("stopped").len();
         let steps = format!("train.max_steps={}", stopped_at + 5);
-        shop.resume("stopped", device, &[&steps]).succeeds();
+        shop.resume_changed("stopped", device, &[&steps]).succeeds();
         let alone: Vec<&str> = fixed.iter().copied().chain([steps.as_str()]).collect();
         shop.train("alone", device, &alone).succeeds();
         let losses = shop.losses("stopped");
@@ -436,14 +440,18 @@ fn a_run_does_not_go_on_with_other_data() {
     let shop = Workshop::new();
     shop.train("run", "cpu", &[]).succeeds();
     let before = shop.snapshot();
-    shop.resume("run", "cpu", &["data.max_seq_len=50"]).fails(&["run", "have changed since this run began"]);
+    shop.resume("run", "cpu", &["data.max_seq_len=50"]).fails(&[
+        "run: parts of this run have changed since this run began",
+        "recipe: data.max_seq_len was 96, is 50",
+        "--accept-changes",
+    ]);
     assert_eq!(shop.snapshot(), before);
 
     let mut records = records();
     records[0].1 = "Something else.".to_owned();
     shop.write("data.json", json(&records));
     let before = shop.snapshot();
-    shop.resume("run", "cpu", &[]).fails(&["have changed since this run began", "new run"]);
+    shop.resume("run", "cpu", &[]).fails(&["data.json holds something else", "new run"]);
     assert_eq!(shop.snapshot(), before);
 }
 

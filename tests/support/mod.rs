@@ -151,6 +151,12 @@ impl Workshop {
         self.pronk(["train", "--resume", run, "--device", device].into_iter().chain(set))
     }
 
+    /// `pronk train --resume --accept-changes`.
+    pub fn resume_changed(&self, run: &str, device: &str, set: &[&str]) -> Run {
+        let set = set.iter().flat_map(|&change| ["--set", change]);
+        self.pronk(["train", "--resume", run, "--accept-changes", "--device", device].into_iter().chain(set))
+    }
+
     /// The lines of a run's `metrics.jsonl`.
     pub fn metrics(&self, run: &str) -> Vec<Value> {
         let text = self.read(&format!("{run}/metrics.jsonl"));
@@ -161,6 +167,12 @@ impl Workshop {
     /// The loss of every step.
     pub fn losses(&self, run: &str) -> Vec<f64> {
         self.metrics(run).iter().filter_map(|line| line["loss"].as_f64()).collect()
+    }
+
+    /// How many steps a run that is under way, or was killed, has logged whole.
+    pub fn losses_so_far(&self, run: &str) -> usize {
+        let text = fs::read_to_string(self.path(&format!("{run}/metrics.jsonl"))).unwrap_or_default();
+        text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()?["loss"].as_f64()).count()
     }
 
     /// The lines of `metrics.jsonl` without what no two runs share.

@@ -35,8 +35,10 @@ pub enum Command {
     Generate(Generate),
     /// Talks: question and answer in turn
     Chat(Chat),
-    /// Shows what a prepared file holds, or what a model computes
+    /// Shows what a prepared file holds, what became of a run, or what a model computes
     Inspect(Inspect),
+    /// Takes every hash of a run, a checkpoint or an adapter again, and names what has changed
+    Verify(Verify),
     /// Writes a base of a published shape with random weights, to measure with
     Synth(Synth),
     /// Lists the devices this binary can use
@@ -95,6 +97,9 @@ pub struct Train {
     /// Change a knob of the recipe, such as `train.max_steps=8`
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+    /// Go on although the data, the base or the recipe have changed since the run began, by --set too
+    #[arg(long, requires = "resume")]
+    pub accept_changes: bool,
     /// Write what happens when, as a trace that `chrome://tracing` and Perfetto open
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
@@ -331,6 +336,12 @@ pub struct Chat {
 }
 
 #[derive(Debug, Args)]
+pub struct Verify {
+    /// The folder: a run's, a checkpoint, or an adapter
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
 pub struct Inspect {
     #[command(subcommand)]
     pub what: What,
@@ -353,6 +364,11 @@ pub enum What {
         /// Go on where this check fails, such as `one-answer`
         #[arg(long, value_parser = check, value_name = "CHECK")]
         allow: Vec<Check>,
+    },
+    /// A run: what it is made of, how its loss went, and when it went on
+    Run {
+        /// The run's folder
+        dir: PathBuf,
     },
     /// The logits of every token of a text, as a safetensors file to compare runtimes with
     Logits {

@@ -13,7 +13,7 @@ use pronk_model::{Base, Decoder, LoadConfig, ModelError, Origin, Scheme, quantiz
 
 use crate::gguf_keys::vocabulary;
 use crate::progress;
-use crate::terminal::print;
+use crate::terminal::{print, say};
 
 /// A base with its tokenizer, on the disk.
 pub struct OpenedBase {
@@ -28,7 +28,7 @@ pub fn open(name: &str, folder: &Path) -> Result<OpenedBase> {
     let path = locate(name, folder)?;
     let base = Base::open(&path).into_diagnostic()?;
     if let Some(note) = base.note() {
-        eprintln!("note: {note}");
+        say(&format!("note: {note}"));
     }
     let tokenizer = match base.gguf() {
         Some(file) => TextTokenizer::from_gguf(&vocabulary(file)),

@@ -7,11 +7,13 @@ mod devices;
 mod export;
 mod generate;
 mod inspect;
+mod inspect_run;
 mod merge;
 mod plan;
 pub mod prep;
 mod synth;
 mod train;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -38,10 +40,12 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         Command::Inspect(args) => match args.what {
             What::Data { file, row: Some(row), base, .. } => inspect::row(&file, row, base.as_deref()),
             What::Data { file, base, allow, .. } => inspect::data(&file, base.as_deref(), &allow),
+            What::Run { dir } => inspect_run::run(&dir),
             What::Logits { base, adapter, text, out, device } => {
                 inspect::logits(&base, adapter.as_deref(), &text, &out, &device.device)
             }
         },
+        Command::Verify(args) => return verify::run(&args),
         Command::Synth(args) => return synth::run(&args),
         Command::Devices => {
             devices::run();

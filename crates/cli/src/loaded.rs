@@ -11,23 +11,37 @@ use pronk_data::{
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
 use pronk_model::{Decoder, Memory, WeightBytes};
-use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, Trainer};
+use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, TrainError, Trainer};
 
 use crate::base::OpenedBase;
 use crate::commands::prep;
 use crate::recipe::Recipe;
+use crate::run_lock::{LockedFile, RunLock};
 use crate::sizes::{self, Settled, settle};
 use crate::terminal::{print, stop_on_signal};
 
 const SAMPLE_TOKENS: usize = 96;
 /// The run's prepared rows, in its folder.
-pub const PREPARED: &str = "prepared.safetensors";
+const PREPARED: &str = "prepared.safetensors";
+
+/// How a run comes to its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// It has none yet.
+    Anew,
+    /// It must find those that it began with.
+    GoesOn,
+    /// It goes on with those that its recipe makes now.
+    GoesOnChanged,
+}
 
 /// What a trainer borrows.
 pub struct LoadedRun {
     /// With all sizes filled in.
     pub recipe: Recipe,
     pub opened: OpenedBase,
+    /// The base before it was quantized.
+    origin: LockedFile,
     pub template: PromptTemplate,
     pub data: PreparedDataset,
     pub micro_batches: MicroBatches,
@@ -44,7 +58,7 @@ impl LoadedRun {
         opened: OpenedBase,
         device: &str,
         folder: &RunFolder,
-        resumes: bool,
+        start: Start,
     ) -> Result<Option<Self>> {
         let computes_in = Memory::of(&open_device(device).into_diagnostic()?);
         let memory = sizes::memory(&recipe, &opened, computes_in)?;
@@ -52,20 +66,19 @@ impl LoadedRun {
         let mut made = false;
         let Settled { data, micro_batches, found } =
             settle(&mut recipe, &opened, &template, &memory, |config| {
-                let (data, is_new) = prepared(config, &opened, &template, folder, resumes)?;
+                let (data, is_new) = prepared(config, &opened, &template, folder, start)?;
                 made = is_new;
                 Ok(data)
             })?;
         if made {
-            data.write(&folder.root().join(PREPARED)).into_diagnostic()?;
+            folder.replace_by(PREPARED, |path| Ok::<_, TrainError>(data.write(path)?)).into_diagnostic()?;
             print(&prep::summary(&data.report));
         }
         print(&found);
-        if !resumes {
-            RunFolder::write(&folder.recipe(), recipe.to_toml()?.as_bytes()).into_diagnostic()?;
-        }
+        write_recipe(&recipe, folder)?;
         opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
         let stop = stop_on_signal("finishing this step, then saving")?;
+        let origin = LockedFile::of_base(&opened.base)?;
         let opened = match recipe.base.quantize.scheme() {
             None => opened,
             Some(scheme) => match opened.quantized(scheme, &stop)? {
@@ -74,7 +87,12 @@ impl LoadedRun {
             },
         };
         let decoder = opened.load(device, recipe.base.load_config())?;
-        Ok(Some(Self { recipe, opened, template, data, micro_batches, decoder, stop }))
+        Ok(Some(Self { recipe, opened, origin, template, data, micro_batches, decoder, stop }))
+    }
+
+    /// What the run is made of.
+    pub fn lock(&self) -> Result<RunLock> {
+        RunLock::new(&self.recipe, self.origin.clone())
     }
 
     /// The run, before its first step.
@@ -105,6 +123,15 @@ impl LoadedRun {
     }
 }
 
+/// Writes the resolved recipe into the run's folder, unless it stands there already.
+pub fn write_recipe(recipe: &Recipe, folder: &RunFolder) -> Result<()> {
+    let text = recipe.to_toml()?;
+    if std::fs::read(folder.recipe()).is_ok_and(|found| found == text.as_bytes()) {
+        return Ok(());
+    }
+    folder.replace("recipe.toml", text.as_bytes()).into_diagnostic()
+}
+
 /// The run's prepared rows: read where they are there and fresh, else made. A run that goes on
 /// must find those that it began with. Whether they were made comes with them.
 fn prepared(
@@ -112,7 +139,7 @@ fn prepared(
     opened: &OpenedBase,
     template: &PromptTemplate,
     folder: &RunFolder,
-    resumes: bool,
+    start: Start,
 ) -> Result<(PreparedDataset, bool)> {
     let path = folder.root().join(PREPARED);
     let wanted = key(config, template, &opened.tokenizer).into_diagnostic()?;
@@ -120,10 +147,10 @@ fn prepared(
         if found.key == wanted {
             return Ok((found, false));
         }
-        if resumes {
+        if start == Start::GoesOn {
             return Err(miette!(
-                "{}: the data, the template, the tokenizer or their limits have changed since this run began; \
-                 put them back, or start a new run in another run.dir",
+                "{}: the template, the tokenizer or the limits of the data have changed since this run began; \
+                 put them back, start a new run in another run.dir, or go on with them as they are by --accept-changes",
                 folder.root().display()
             ));
         }

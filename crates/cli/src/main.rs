@@ -8,12 +8,14 @@ mod cards;
 mod commands;
 mod datasets;
 mod gguf_keys;
+mod internal_error;
 mod loaded;
 mod modelfile;
 mod profile;
 mod progress;
 mod proof;
 mod recipe;
+mod run_lock;
 mod sizes;
 mod speaker;
 mod speed;
@@ -37,17 +39,15 @@ fn main() -> ExitCode {
         }
     };
     terminal::install_error_style();
-    terminal::quiet_guarded_panics();
+    internal_error::install();
     match catch_unwind(AssertUnwindSafe(|| commands::run(arguments))) {
         Ok(Ok(code)) => code,
         Ok(Err(report)) => {
-            eprintln!("{:?}", terminal::without_repetition(&report));
+            terminal::say(&format!("{:?}", terminal::without_repetition(&report)));
             ExitCode::from(1)
         }
         Err(_) => {
-            eprintln!(
-                "\nThis is a bug in pronk, not a mistake of yours. Please report it with the lines above."
-            );
+            terminal::say(&internal_error::report());
             ExitCode::from(2)
         }
     }

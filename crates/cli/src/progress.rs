@@ -6,6 +6,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use pronk_train::{Observer, StepRecord};
 
+use crate::terminal::say;
+
 /// A bar over `total` of something; invisible where standard error is no terminal.
 pub fn bar(what: &'static str, total: usize) -> ProgressBar {
     let bar = ProgressBar::new(total as u64).with_message(what);
@@ -48,7 +50,7 @@ impl Observer for TrainingProgress {
             record.peak_memory_bytes.map_or(String::new(), |b| format!("  {:.1} GB", b as f64 / 1e9));
         let message = format!("loss {:.4}  {eval}{:.0} tok/s{memory}", record.loss, record.tokens_per_s);
         if self.plain {
-            eprintln!("step {}/{total}  {message}", record.step);
+            say(&format!("step {}/{total}  {message}", record.step));
         } else {
             self.bar.set_position(record.step);
             self.bar.set_message(message);
@@ -57,9 +59,14 @@ impl Observer for TrainingProgress {
 
     fn note(&mut self, message: &str) {
         if self.plain {
-            eprintln!("{message}");
+            say(message);
         } else {
             self.bar.set_message(message.to_owned());
         }
+    }
+
+    fn warn(&mut self, message: &str) {
+        // It stays, above a bar that goes on below it.
+        self.bar.suspend(|| say(&format!("warning: {message}")));
     }
 }

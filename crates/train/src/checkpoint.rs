@@ -1,7 +1,7 @@
 //! States to go on from: the adapter, what the optimizer remembers, and how far the run has come.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -10,7 +10,9 @@ use pronk_lora::{Adapter, ModuleShape};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::manifest::differences;
 use crate::optimizer::{TensorState, numbers};
+use crate::publish::{publish, withdraw};
 use crate::{Optimizer, RunFolder, SampleRound, TrainConfig, TrainError};
 
 const STATE: &str = "trainer_state.json";
@@ -25,10 +27,32 @@ pub struct TrainerState {
     pub best: Option<(f64, u64)>,
     /// The eval loss before the first step.
     pub eval_before: Option<f64>,
+    /// The eval loss after this very step, where it was measured.
+    pub eval_loss: Option<f64>,
+    /// Steps without an update so far, as their loss or their gradients were no numbers.
+    pub skipped: u64,
+    /// How many of them came last, with no other step between or behind.
+    pub skipped_in_a_row: u64,
     /// Hash of the prepared rows the run learns from.
     pub data_key: String,
     /// What the sample prompts were answered so far.
     pub samples: Vec<SampleRound>,
+}
+
+impl TrainerState {
+    /// Before the first step of a run on the rows called `data_key`.
+    pub fn new(data_key: String) -> Self {
+        Self {
+            step: 0,
+            best: None,
+            eval_before: None,
+            eval_loss: None,
+            skipped: 0,
+            skipped_in_a_row: 0,
+            data_key,
+            samples: Vec::new(),
+        }
+    }
 }
 
 /// A state that was read back.
@@ -42,65 +66,70 @@ pub struct Checkpoint {
     pub optimizer: Optimizer,
 }
 
-/// Writes a checkpoint beside its name, syncs it, renames it, and removes older ones above
-/// `keep_last`. Returns where it is.
+/// Writes a checkpoint as a whole, and removes what `config` does not keep.
 pub fn save(
     folder: &RunFolder,
     state: &TrainerState,
     adapter: &Adapter,
     optimizer: &Optimizer,
     base: &str,
-    keep_last: usize,
-) -> Result<PathBuf, TrainError> {
-    let root = folder.checkpoints();
-    let (done, partial) = (root.join(name(state.step)), root.join(format!(".{}.partial", name(state.step))));
-    let write = || {
-        fs::create_dir_all(&partial).map_err(TrainError::io(&partial))?;
-        adapter.save(&partial, base, true)?;
-        RunFolder::write(&partial.join(STATES), &states_to_bytes(optimizer, &partial)?)?;
+    config: &TrainConfig,
+) -> Result<(), TrainError> {
+    publish(&folder.checkpoints().join(name(state.step)), |dir| {
+        adapter.save(dir, base, true)?;
+        RunFolder::write(&dir.join(STATES), &states_to_bytes(optimizer, dir)?)?;
         let text = serde_json::to_vec_pretty(state)
-            .map_err(|e| TrainError::Io { path: partial.join(STATE), source: e.into() })?;
-        RunFolder::write(&partial.join(STATE), &text)?;
-        if done.exists() {
-            fs::remove_dir_all(&done).map_err(TrainError::io(&done))?;
-        }
-        fs::rename(&partial, &done).map_err(TrainError::io(&done))?;
-        sync(&root)
-    };
-    let written = write();
-    if written.is_err() {
-        // What cannot be removed either is passed over when the newest checkpoint is looked for.
-        let _ = fs::remove_dir_all(&partial);
-    }
-    written?;
-    let mut all = list(folder);
-    while all.len() > keep_last {
-        let (_, oldest) = all.remove(0);
-        fs::remove_dir_all(&oldest).map_err(TrainError::io(&oldest))?;
-    }
-    Ok(done)
+            .map_err(|e| TrainError::Io { path: dir.join(STATE), source: e.into() })?;
+        RunFolder::write(&dir.join(STATE), &text)
+    })?;
+    let all = list(folder);
+    let kept = kept(&all, state.step, config, |path| read_state(path).ok()?.eval_loss);
+    all.iter().filter(|(step, _)| !kept.contains(step)).try_for_each(|(_, path)| withdraw(path))
 }
 
-/// The newest checkpoint that reads back whole. Damaged ones are passed over and named to `warn`.
+/// The steps whose checkpoints stay when that of `newest` is written: the last ones, and those of the
+/// lowest eval loss. Beyond `newest` lies what the run has turned back from.
+fn kept(
+    all: &BTreeMap<u64, PathBuf>,
+    newest: u64,
+    config: &TrainConfig,
+    eval_loss: impl Fn(&Path) -> Option<f64>,
+) -> BTreeSet<u64> {
+    let steps = || all.range(..=newest).rev();
+    let mut kept: BTreeSet<u64> = steps().take(config.keep_last).map(|(step, _)| *step).collect();
+    if config.keep_best > 0 {
+        let mut best: Vec<(f64, u64)> =
+            steps().filter_map(|(step, path)| Some((eval_loss(path)?, *step))).collect();
+        best.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        kept.extend(best.into_iter().take(config.keep_best).map(|(_, step)| step));
+    }
+    kept
+}
+
+/// The newest checkpoint that is whole, if there is one. Damaged ones are passed over and named to `warn`; one that
+/// is whole and does not fit the run is an error.
 pub fn load_newest(
     folder: &RunFolder,
     modules: &[ModuleShape],
     config: &TrainConfig,
     device: &Device,
     mut warn: impl FnMut(String),
-) -> Result<Checkpoint, TrainError> {
-    for (_, path) in list(folder).into_iter().rev() {
-        match load(&path, modules, config, device) {
-            Ok(checkpoint) => return Ok(checkpoint),
-            Err(e) => warn(format!("passing over a damaged checkpoint: {e}")),
+) -> Result<Option<Checkpoint>, TrainError> {
+    for path in list(folder).into_values().rev() {
+        match differences(&path).first() {
+            None => return load(&path, modules, config, device).map(Some),
+            Some(first) => {
+                let (file, problem) = (first.path.display(), &first.problem);
+                warn(format!("passing over a damaged checkpoint: {file}: {problem}"));
+            }
         }
     }
-    Err(TrainError::NoCheckpoint(folder.root().into()))
+    Ok(None)
 }
 
-/// Where the newest checkpoint is.
+/// Where the newest whole checkpoint is.
 pub fn newest(folder: &RunFolder) -> Option<PathBuf> {
-    list(folder).pop().map(|(_, path)| path)
+    list(folder).into_values().rev().find(|path| differences(path).is_empty())
 }
 
 fn load(
@@ -109,30 +138,29 @@ fn load(
     config: &TrainConfig,
     device: &Device,
 ) -> Result<Checkpoint, TrainError> {
-    let file = path.join(STATE);
-    let text = fs::read(&file).map_err(TrainError::io(&file))?;
-    let state: TrainerState = serde_json::from_slice(&text)
-        .map_err(|e| TrainError::Checkpoint { path: file, problem: e.to_string() })?;
+    let state = read_state(path)?;
     let adapter = Adapter::load(path, modules, device)?;
     let mut optimizer = Optimizer::new(config, &adapter);
     states_from_file(&mut optimizer, &path.join(STATES), device)?;
     Ok(Checkpoint { state, adapter, optimizer })
 }
 
-/// Whole checkpoints by step, oldest first.
-fn list(folder: &RunFolder) -> Vec<(u64, PathBuf)> {
-    let Ok(entries) = fs::read_dir(folder.checkpoints()) else { return Vec::new() };
+fn read_state(checkpoint: &Path) -> Result<TrainerState, TrainError> {
+    let path = checkpoint.join(STATE);
+    let text = fs::read(&path).map_err(TrainError::io(&path))?;
+    serde_json::from_slice(&text).map_err(|e| TrainError::Checkpoint { path, problem: e.to_string() })
+}
+
+/// Checkpoints by step.
+pub(crate) fn list(folder: &RunFolder) -> BTreeMap<u64, PathBuf> {
+    let Ok(entries) = fs::read_dir(folder.checkpoints()) else { return BTreeMap::new() };
     let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
     let found = entries.filter_map(|entry| entry.ok().map(|e| e.path()));
-    found.filter_map(|path| Some((step(&path)?, path))).collect::<BTreeMap<_, _>>().into_iter().collect()
+    found.filter_map(|path| Some((step(&path)?, path))).collect()
 }
 
 fn name(step: u64) -> String {
     format!("step-{step:06}")
-}
-
-fn sync(directory: &Path) -> Result<(), TrainError> {
-    File::open(directory).and_then(|d| d.sync_all()).map_err(TrainError::io(directory))
 }
 
 fn states_to_bytes(optimizer: &Optimizer, path: &Path) -> Result<Vec<u8>, TrainError> {
@@ -207,4 +235,28 @@ fn states_from_file(optimizer: &mut Optimizer, path: &Path, device: &Device) -> 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_and_the_best_are_kept() {
+        let all: BTreeMap<u64, PathBuf> = [2, 4, 6, 8, 10].map(|step| (step, step.to_string().into())).into();
+        let eval_loss = |path: &Path| match path.to_str() {
+            Some("2") => Some(0.5),
+            Some("4" | "10") => Some(0.4),
+            Some("8") => Some(0.9),
+            _ => None,
+        };
+        let kept = |newest, keep_last, keep_best| {
+            let config = TrainConfig { keep_last, keep_best, ..TrainConfig::default() };
+            kept(&all, newest, &config, eval_loss).into_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(kept(10, 2, 0), [8, 10]);
+        assert_eq!(kept(10, 1, 1), [4, 10], "of equals the first");
+        assert_eq!(kept(10, 1, 9), [2, 4, 8, 10], "what was not measured is not among the best");
+        assert_eq!(kept(6, 2, 1), [4, 6], "what lies beyond was turned back from");
+    }
 }

@@ -40,6 +40,12 @@ pub struct TrainConfig {
     pub save_steps: u64,
     /// Checkpoints to keep.
     pub keep_last: usize,
+    /// Checkpoints to keep beside them: those with the lowest eval loss, of those saved where it was measured.
+    pub keep_best: usize,
+    /// How long to wait and try again when a save fails, in seconds. 0: not at all.
+    pub save_patience: u64,
+    /// What to do when a loss or its gradients are no numbers: "stop", or "skip" the step.
+    pub on_nan: OnNan,
     /// "blocks" runs each block again for its gradients and keeps only its input: far less
     /// memory for about a third more time. "none" keeps everything. "auto" keeps as much as
     /// `memory_budget` allows.
@@ -66,6 +72,16 @@ pub enum Recompute {
     Blocks,
 }
 
+/// `train.on_nan`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnNan {
+    /// End the run before the adapter is touched.
+    Stop,
+    /// Leave the adapter as it is and go on with the next step; many in a row end the run.
+    Skip,
+}
+
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
@@ -84,6 +100,9 @@ impl Default for TrainConfig {
             eval_steps: 50,
             save_steps: 50,
             keep_last: 2,
+            keep_best: 0,
+            save_patience: 600,
+            on_nan: OnNan::Stop,
             recompute: Recompute::Auto,
             saved_inputs: SavedInputs::default(),
             memory_budget: None,

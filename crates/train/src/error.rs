@@ -1,3 +1,4 @@
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
@@ -34,6 +35,24 @@ pub enum TrainError {
         "{0}: holds a run already; go on with it by `pronk train --resume {0}`, or give this run another run.dir"
     )]
     RunExists(PathBuf),
+    /// A run folder in which another process works.
+    #[error(
+        "{0}: another process is at work in this run's folder; wait for its end, or give this run another run.dir"
+    )]
+    InUse(PathBuf),
+    /// A run folder whose list of hashes cannot be trusted.
+    #[error("{path}: {problem}; remove this file to go on without it")]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// Expected and found.
+        problem: String,
+    },
+    /// A folder without hashes.
+    #[error(
+        "{0}: expected a run's folder, a checkpoint or an adapter of pronk's, with a manifest.json; found none"
+    )]
+    NothingToVerify(PathBuf),
     /// A run folder without a checkpoint to go on from.
     #[error(
         "{0}: no whole checkpoint to go on from; start the run again in another run.dir, or remove this folder first"
@@ -47,10 +66,27 @@ pub enum TrainError {
         /// Expected and found.
         problem: String,
     },
+    /// A state that could not be written, however often it was tried.
+    #[error(
+        "stopped at step {step}, as it cannot be saved: {source}. {kept}; when there is room again, go on with: \
+         pronk train --resume {}", .run.display()
+    )]
+    NotSaved {
+        /// Steps done.
+        step: u64,
+        /// The last time's error.
+        source: Box<TrainError>,
+        /// What is kept.
+        kept: Kept,
+        /// The run's folder.
+        run: PathBuf,
+    },
     /// A loss or a gradient that is no number any more.
     #[error(
-        "step {step}: the {what} is {value}; stopped before it reached the adapter. The last good state is {kept}. \
-         Try a lower train.learning_rate, more train.warmup_steps, or train.max_grad_norm = 1.0"
+        "step {step}: the {what} is {value}; stopped before it reached the adapter{}. {kept}. What it was computed \
+         from is in {batch}. Try a lower train.learning_rate, more train.warmup_steps, or train.max_grad_norm = 1.0; \
+         if the records in there are broken, mend or drop them, or set train.on_nan = \"skip\"",
+         in_a_row(*.skipped)
     )]
     NotFinite {
         /// The optimizer step.
@@ -59,8 +95,12 @@ pub enum TrainError {
         what: &'static str,
         /// What it came to.
         value: f64,
-        /// Where the last good state is.
-        kept: String,
+        /// Steps that were skipped for the same reason, right before this one.
+        skipped: u64,
+        /// The last good state.
+        kept: Kept,
+        /// The file with the rows, or why there is none.
+        batch: String,
     },
     /// A budget that not even the smallest share of a run fits in.
     #[error(
@@ -91,7 +131,38 @@ pub enum TrainError {
     Model(#[from] ModelError),
 }
 
+/// The newest state that a run can go on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept(pub Option<PathBuf>);
+
+impl fmt::Display for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(path) => write!(f, "The last good state is {}", path.display()),
+            None => write!(
+                f,
+                "The last good state is the one before the first step: no checkpoint was written yet"
+            ),
+        }
+    }
+}
+
+fn in_a_row(skipped: u64) -> String {
+    if skipped == 0 { String::new() } else { format!(", after {skipped} steps in a row that were skipped") }
+}
+
 impl TrainError {
+    /// Whether the system refused to read or write: what may go well another time.
+    pub(crate) fn is_io(&self) -> bool {
+        matches!(
+            self,
+            Self::Io { .. }
+                | Self::Data(DataError::Io { .. })
+                | Self::Lora(LoraError::Io { .. })
+                | Self::Model(ModelError::Io { .. })
+        )
+    }
+
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }

@@ -1,3 +1,6 @@
+mod not_finite;
+mod saving;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -23,6 +26,8 @@ pub trait Observer {
     fn step(&mut self, record: &StepRecord, total: u64);
     /// Something takes a while, or has happened, that is no step.
     fn note(&mut self, message: &str);
+    /// Something is not as it should be, and the run goes on.
+    fn warn(&mut self, message: &str);
 }
 
 /// How a run ended.
@@ -48,6 +53,8 @@ pub struct Summary {
     pub eval_before: Option<f64>,
     /// The lowest eval loss, that of the adapter kept, and its step.
     pub best: Option<(f64, u64)>,
+    /// Steps that were left out, as their loss or their gradients were no numbers.
+    pub skipped: u64,
 }
 
 /// A run: what it learns, from what, and how far it has come.
@@ -88,8 +95,7 @@ impl<'a> Trainer<'a> {
         }
         let plan = Plan::new(&config, order, data.mixture.clone());
         let optimizer = Optimizer::new(&config, &adapter);
-        let data_key = data.key.clone();
-        let state = TrainerState { step: 0, best: None, eval_before: None, data_key, samples: Vec::new() };
+        let state = TrainerState::new(data.key.clone());
         let shapes = Shapes::new(&decoder.config, weights, &adapter.config)?;
         let memory = MemoryPlan::new(&config, shapes);
         let run = Self {
@@ -111,22 +117,30 @@ impl<'a> Trainer<'a> {
         Ok(run)
     }
 
-    /// The same run, set to where its newest whole checkpoint left it.
-    pub fn resume(mut self, observer: &mut dyn Observer) -> Result<Self, TrainError> {
+    /// The same run, set to where its newest whole checkpoint left it; to its beginning where it was ended
+    /// before there was one. Other rows than it began with are refused, unless `other_rows` are wanted.
+    pub fn resume(mut self, other_rows: bool, observer: &mut dyn Observer) -> Result<Self, TrainError> {
         let modules = self.decoder.config.adapter_modules();
         let device = self.decoder.device();
-        let Checkpoint { state, adapter, optimizer } =
-            checkpoint::load_newest(&self.folder, &modules, &self.config, device, |m| observer.note(&m))?;
-        if state.data_key != self.data.key {
-            return Err(TrainError::Checkpoint {
-                path: self.folder.checkpoints(),
-                problem:
-                    "the data, the template, the tokenizer or their limits have changed since this run began"
-                        .into(),
-            });
+        let newest =
+            checkpoint::load_newest(&self.folder, &modules, &self.config, device, |m| observer.warn(&m))?;
+        let Some(Checkpoint { state, mut adapter, optimizer }) = newest else {
+            if self.folder.last_logged_step() > 0 {
+                return Err(TrainError::NoCheckpoint(self.folder.root().into()));
+            }
+            observer.note("this run ended before its first checkpoint: it begins anew");
+            return Ok(self);
+        };
+        if state.data_key != self.data.key && !other_rows {
+            let problem =
+                "the data, the template, the tokenizer or their limits have changed since this run began";
+            return Err(TrainError::Checkpoint { path: self.folder.checkpoints(), problem: problem.into() });
         }
-        self.folder.rewind_log(state.step)?;
+        // What is adapted is the checkpoint's; how it is trained on is the recipe's.
+        adapter.config.dropout = self.adapter.config.dropout;
         (self.state, self.adapter, self.optimizer) = (state, adapter, optimizer);
+        self.state.data_key.clone_from(&self.data.key);
+        self.find_the_best(observer)?;
         Ok(self)
     }
 
@@ -143,49 +157,59 @@ impl<'a> Trainer<'a> {
     /// Trains to the end, or until `stop` is set: then the step is finished and saved first.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Ending, TrainError> {
         if self.state.step == 0 {
+            self.folder.rewind_log(None)?;
             self.before_the_first_step(observer)?;
+        } else {
+            self.folder.rewind_log(Some(self.state.step))?;
         }
         while self.state.step < self.plan.total_steps {
-            let mut record = self.step()?;
+            let mut record = self.step(observer)?;
             let (done, last) = (self.state.step, self.state.step == self.plan.total_steps);
             if is_due(done, self.config.eval_steps) || (last && self.config.eval_steps > 0) {
-                record.eval_loss = self.evaluate_and_keep_best()?;
+                record.eval_loss = self.evaluate_and_keep_best(observer, stop)?;
             }
-            self.folder.log(&record)?;
+            self.saved(observer, stop, |run| run.folder.log(&record))?;
             observer.step(&record, self.plan.total_steps);
             if done == self.plan.total_steps.div_ceil(2) && !last {
-                self.write_samples(observer)?;
+                self.answer_samples(observer)?;
+                self.saved(observer, stop, Self::write_samples)?;
             }
             let stopping = !last && stop.load(Ordering::Relaxed);
             if self.config.save_steps > 0 && (is_due(done, self.config.save_steps) || last || stopping) {
-                self.save_checkpoint()?;
+                self.saved(observer, stop, Self::save_checkpoint)?;
             }
             if stopping {
                 return Ok(Ending::Interrupted { step: done, saved: self.config.save_steps > 0 });
             }
         }
         if self.state.best.is_none() {
-            self.save_adapter(None)?;
+            self.saved(observer, stop, |run| run.save_adapter(None))?;
         }
-        self.write_samples(observer)?;
-        let TrainerState { eval_before, best, .. } = self.state;
-        Ok(Ending::Finished(Summary { steps: self.plan.total_steps, eval_before, best }))
+        self.answer_samples(observer)?;
+        self.saved(observer, stop, |run| run.write_samples().and_then(|()| run.folder.seal_log()))?;
+        let TrainerState { eval_before, best, skipped, .. } = self.state;
+        Ok(Ending::Finished(Summary { steps: self.plan.total_steps, eval_before, best, skipped }))
     }
 
     /// The worst comes first, so that a run that does not fit ends in its first minute: the longest
-    /// micro-batch, unless there is plenty of memory for it, a save, an evaluation, the samples.
+    /// micro-batch, unless there is plenty of memory for it, a save, an evaluation, the samples. Nothing is
+    /// tried twice here.
     fn before_the_first_step(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
         let longest = self.largest_micro_batch();
         if !self.memory.is_roomy_for(&longest) {
             observer.note("rehearsing the longest micro-batch");
             let keep = self.memory.keep(&longest);
             let rehearsal = loss_and_gradients(self.decoder, &self.adapter, &longest, 1, keep, None, None);
-            self.must_be_finite(0, "loss", scalar(&rehearsal.sum)?)?;
+            let loss = scalar(&rehearsal.sum)?;
+            if !loss.is_finite() {
+                self.rehearsed_not_finite(loss, observer)?;
+            }
         }
         if self.config.save_steps > 0 {
             self.save_checkpoint()?;
         }
-        self.write_samples(observer)?;
+        self.answer_samples(observer)?;
+        self.write_samples()?;
         if self.config.eval_steps > 0 && !self.data.validation.is_empty() {
             observer.note("measuring the base on the held-out rows");
             let eval_loss = self.evaluate()?;
@@ -196,11 +220,11 @@ impl<'a> Trainer<'a> {
     }
 
     /// One optimizer step.
-    fn step(&mut self) -> Result<StepRecord, TrainError> {
+    fn step(&mut self, observer: &mut dyn Observer) -> Result<StepRecord, TrainError> {
         let started = Instant::now();
         let step = self.state.step;
         let _step = trace_span!("step", step = step + 1).entered();
-        let config = &self.config;
+        let config = self.config.clone();
         let rate = learning_rate(
             config.schedule,
             config.learning_rate,
@@ -216,15 +240,16 @@ impl<'a> Trainer<'a> {
         let (sums, mut gradients) = self.learn(step, &batches, supervised_tokens);
         let loss = sums.iter().map(scalar).sum::<Result<f64, _>>()? / supervised_tokens as f64;
         let grad_norm = gradients.norm()?;
-        self.must_be_finite(step, "loss", loss)?;
-        self.must_be_finite(step, "gradient norm", grad_norm)?;
+        let skipped = self.skipped(loss, grad_norm, observer)?;
         if config.max_grad_norm > 0.0 && grad_norm > config.max_grad_norm {
             // The small number is PyTorch's, so that clipped runs agree.
             gradients = gradients.scaled(config.max_grad_norm / (grad_norm + 1e-6));
         }
-        let optimizer = || self.optimizer.step(&mut self.adapter, &gradients, rate, step + 1);
-        spanned(&trace_span!("optimizer"), self.decoder.device(), optimizer)?;
-        self.state.step = step + 1;
+        if skipped.is_none() {
+            let optimizer = || self.optimizer.step(&mut self.adapter, &gradients, rate, step + 1);
+            spanned(&trace_span!("optimizer"), self.decoder.device(), optimizer)?;
+        }
+        (self.state.step, self.state.eval_loss) = (step + 1, None);
 
         let seconds = started.elapsed().as_secs_f64();
         Ok(StepRecord {
@@ -239,6 +264,7 @@ impl<'a> Trainer<'a> {
             seconds,
             peak_memory_bytes: peak_memory_bytes(),
             eval_loss: None,
+            skipped,
         })
     }
 
@@ -274,17 +300,6 @@ impl<'a> Trainer<'a> {
         self.plan.largest_micro_batch(&self.data.train, self.micro_batches)
     }
 
-    fn must_be_finite(&self, step: u64, what: &'static str, value: f64) -> Result<(), TrainError> {
-        if value.is_finite() {
-            return Ok(());
-        }
-        let kept = match checkpoint::newest(&self.folder) {
-            Some(path) => path.display().to_string(),
-            None => "the one before the first step: no checkpoint was written yet".into(),
-        };
-        Err(TrainError::NotFinite { step: step + 1, what, value, kept })
-    }
-
     /// Mean loss over the held-out rows' supervised tokens.
     fn evaluate(&self) -> Result<f64, TrainError> {
         let _eval = trace_span!("eval").entered();
@@ -293,55 +308,6 @@ impl<'a> Trainer<'a> {
         let supervised: usize = batches.iter().map(PackedBatch::supervised).sum();
         let sums = batches.iter().map(|batch| scalar(&loss_only(self.decoder, Some(&self.adapter), batch)));
         Ok(sums.sum::<Result<f64, _>>()? / supervised as f64)
-    }
-
-    fn evaluate_and_keep_best(&mut self) -> Result<Option<f64>, TrainError> {
-        if self.data.validation.is_empty() {
-            return Ok(None);
-        }
-        let loss = self.evaluate()?;
-        if self.has_learned() && self.state.best.is_none_or(|(best, _)| loss < best) {
-            self.state.best = Some((loss, self.state.step));
-            self.save_adapter(Some(loss))?;
-        }
-        Ok(Some(loss))
-    }
-
-    fn save_adapter(&self, eval_loss: Option<f64>) -> Result<(), TrainError> {
-        let dir = self.folder.adapter();
-        // What others load has to sit on layers that they know.
-        let modules = self.decoder.config.adapter_modules();
-        self.adapter.onto_packed(&modules).save(&dir, &self.card.base, false)?;
-        let eval = self.state.eval_before.zip(eval_loss);
-        let card = self.card.to_markdown(&self.adapter.config, &self.config, self.state.step, eval);
-        self.card.template.save(&dir)?;
-        RunFolder::write(&dir.join("README.md"), card.as_bytes())
-    }
-
-    fn save_checkpoint(&self) -> Result<(), TrainError> {
-        let _save = trace_span!("save").entered();
-        let (folder, keep) = (&self.folder, self.config.keep_last);
-        checkpoint::save(folder, &self.state, &self.adapter, &self.optimizer, &self.card.base, keep)?;
-        if self.has_learned() && self.state.best.is_none() {
-            self.save_adapter(None)?;
-        }
-        Ok(())
-    }
-
-    /// The first step of a warmup has a learning rate of zero: there is no adapter yet.
-    fn has_learned(&self) -> bool {
-        self.state.step > u64::from(self.config.warmup_steps > 0)
-    }
-
-    fn write_samples(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
-        if self.samples.is_empty() {
-            return Ok(());
-        }
-        let _samples = trace_span!("samples").entered();
-        observer.note("answering the sample prompts");
-        let round = self.samples.answer(self.state.step, self.decoder, &self.adapter, self.tokenizer)?;
-        self.state.samples.push(round);
-        RunFolder::write(&self.folder.samples(), self.samples.to_markdown(&self.state.samples).as_bytes())
     }
 }
 

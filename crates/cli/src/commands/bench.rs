@@ -12,12 +12,12 @@ use serde::Serialize;
 
 use crate::args;
 use crate::base;
-use crate::loaded::LoadedRun;
+use crate::loaded::{LoadedRun, Start};
 use crate::profile::{Totals, listen};
 use crate::recipe::Recipe;
 use crate::sizes;
 use crate::speed::operations_per_second;
-use crate::terminal::print;
+use crate::terminal::{print, say};
 
 /// Tokens of the product that tells the machine's peak.
 const PEAK_TOKENS: usize = 1024;
@@ -41,7 +41,7 @@ pub fn run(args: &args::Bench) -> Result<ExitCode> {
     let computes_in = Memory::of(&open_device(&args.device.device).into_diagnostic()?);
     let shapes = sizes::shapes(&recipe, &opened, (recipe.base.quantize, recipe.base.weights), computes_in)?;
     let folder = RunFolder::create(&recipe.run.dir).into_diagnostic()?;
-    let Some(loaded) = LoadedRun::load(recipe, opened, &args.device.device, &folder, false)? else {
+    let Some(loaded) = LoadedRun::load(recipe, opened, &args.device.device, &folder, Start::Anew)? else {
         return Ok(ExitCode::from(130));
     };
     let mut stopwatch = Stopwatch { started, warmup: args.warmup, totals, first: None, records: Vec::new() };
@@ -71,7 +71,7 @@ struct Stopwatch {
 impl Observer for Stopwatch {
     fn step(&mut self, record: &StepRecord, total: u64) {
         self.first.get_or_insert_with(|| self.started.elapsed());
-        eprintln!("step {}/{total}  {:.0} tok/s", record.step, record.tokens_per_s);
+        say(&format!("step {}/{total}  {:.0} tok/s", record.step, record.tokens_per_s));
         if record.step <= self.warmup {
             self.totals.take();
         } else {
@@ -80,7 +80,11 @@ impl Observer for Stopwatch {
     }
 
     fn note(&mut self, message: &str) {
-        eprintln!("{message}");
+        say(message);
+    }
+
+    fn warn(&mut self, message: &str) {
+        say(message);
     }
 }
 
