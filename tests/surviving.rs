@@ -180,7 +180,7 @@ fn an_ignored_hangup_stays_ignored() {
     let at = shop.losses_so_far("run");
     let waiting = Instant::now();
     while shop.losses_so_far("run") < at + 3 {
-        assert!(waiting.elapsed() < Duration::from_secs(60), "no step after SIGHUP");
+        assert!(waiting.elapsed() < Duration::from_mins(1), "no step after SIGHUP");
         std::thread::sleep(Duration::from_millis(20));
     }
     kill("TERM");

@@ -26,6 +26,8 @@ pub(crate) struct Manifest {
     version: u32,
     /// By name, what a file may hold: one content, or while it is being replaced the old and the new.
     files: BTreeMap<String, Vec<Content>>,
+    /// Of `files`, so that a damaged hash is not taken for a damaged file.
+    sha256: String,
 }
 
 /// A file's content, or the beginning of one that grows.
@@ -91,7 +93,7 @@ impl Content {
 
 impl Default for Manifest {
     fn default() -> Self {
-        Self { version: VERSION, files: BTreeMap::new() }
+        Self { version: VERSION, files: BTreeMap::new(), sha256: String::new() }
     }
 }
 
@@ -117,7 +119,7 @@ impl Manifest {
             read => read.map_err(|e| e.to_string())?,
         };
         let manifest: Self = serde_json::from_slice(&bytes).map_err(|e| format!("damaged: {e}"))?;
-        if manifest.version != VERSION || manifest.to_json() != bytes {
+        if manifest.version != VERSION || manifest.clone().into_json() != bytes {
             return Err(format!("damaged: not a manifest as this pronk writes it (version {VERSION})"));
         }
         if let Some(name) = manifest.files.keys().find(|name| !is_plain(name)) {
@@ -127,11 +129,13 @@ impl Manifest {
     }
 
     pub(crate) fn write(&self, dir: &Path) -> Result<(), TrainError> {
-        RunFolder::write(&dir.join(MANIFEST), &self.to_json())
+        RunFolder::write(&dir.join(MANIFEST), &self.clone().into_json())
     }
 
-    fn to_json(&self) -> Vec<u8> {
-        let mut json = serde_json::to_vec_pretty(self).unwrap_or_default(); // strings and numbers alone
+    fn into_json(mut self) -> Vec<u8> {
+        // Strings and numbers alone: nothing that JSON cannot hold.
+        self.sha256 = Content::of(&serde_json::to_vec(&self.files).unwrap_or_default()).sha256;
+        let mut json = serde_json::to_vec_pretty(&self).unwrap_or_default();
         json.push(b'\n');
         json
     }
@@ -152,6 +156,17 @@ impl Manifest {
         known.iter().find(|content| content.check(&dir.join(name)).is_ok()).cloned()
     }
 
+    /// What every file of `dir` is known to hold, if it holds that, is all that it may hold from now on.
+    pub(crate) fn settle(&mut self, dir: &Path) {
+        for (name, contents) in &mut self.files {
+            if contents.len() > 1
+                && let Some(held) = contents.iter().find(|content| content.check(&dir.join(name)).is_ok())
+            {
+                *contents = vec![held.clone()];
+            }
+        }
+    }
+
     /// How many files it speaks of.
     pub(crate) fn files(&self) -> usize {
         self.files.len()
@@ -161,13 +176,9 @@ impl Manifest {
     pub(crate) fn differences(&self, dir: &Path) -> Vec<Difference> {
         let differs = |(name, contents): (&String, &Vec<Content>)| {
             let path = dir.join(name);
-            let mut problem = "expected nothing".to_owned();
-            for content in contents.iter().rev() {
-                match content.check(&path) {
-                    Ok(()) => return None,
-                    Err(found) => problem = found,
-                }
-            }
+            let problems: Option<Vec<String>> =
+                contents.iter().map(|content| content.check(&path).err()).collect();
+            let problem = problems?.pop().unwrap_or_default();
             Some(Difference { path, problem })
         };
         self.files.iter().filter_map(differs).collect()
@@ -227,7 +238,8 @@ mod tests {
                 let mut flipped = whole.clone();
                 flipped[bit / 8] ^= 1 << (bit % 8);
                 fs::write(&path, flipped).unwrap();
-                assert_eq!(differences(dir.path()).len(), 1, "bit {bit} of {name}");
+                let named: Vec<PathBuf> = differences(dir.path()).into_iter().map(|d| d.path).collect();
+                assert_eq!(named, std::slice::from_ref(&path), "bit {bit} of {name}");
             }
             fs::write(&path, whole).unwrap();
         }

@@ -184,6 +184,7 @@ impl RunFolder {
         }
         let mut manifest = self.manifest();
         manifest.set(METRICS, vec![Content::of_file(&path).map_err(TrainError::io(&path))?]);
+        manifest.settle(&self.root);
         manifest.write(&self.root)
     }
 
