@@ -1,12 +1,13 @@
 //! Every operation on the shapes of SmolLM2-135M and Llama-2-7B, with its floor beside it: what the same bytes take
 //! to be copied, or the rate of the largest product. Bytes count what has to be read and written once, items are
-//! floating-point operations.
+//! floating-point operations. `scripts/bench-kernels` makes a table of them.
 //!
 //!     cargo bench --package pronk-kernels --features flex
 
 #![allow(clippy::wildcard_imports)] // every module is a part of this file
 #![allow(clippy::unwrap_used)] // a benchmark reports by panicking
 
+use std::fmt;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Distribution, Tensor};
@@ -22,16 +23,24 @@ const TOKENS: usize = 1024;
 /// Tokens of a record.
 const RECORD: usize = 128;
 /// Sizes of a decoder.
-const SMALL: Shape = Shape { hidden: 576, inner: 1536, heads: 9, kv_heads: 3, dim: 64 };
-const LARGE: Shape = Shape { hidden: 4096, inner: 11008, heads: 32, kv_heads: 32, dim: 128 };
+const SMALL: Shape = Shape { name: "SmolLM2-135M", hidden: 576, inner: 1536, heads: 9, kv_heads: 3, dim: 64 };
+const LARGE: Shape =
+    Shape { name: "Llama-2-7B", hidden: 4096, inner: 11008, heads: 32, kv_heads: 32, dim: 128 };
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 struct Shape {
+    name: &'static str,
     hidden: usize,
     inner: usize,
     heads: usize,
     kv_heads: usize,
     dim: usize,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name)
+    }
 }
 
 fn main() {
@@ -101,6 +110,26 @@ mod add_low_rank {
     #[divan::bench(args = [SMALL, LARGE])]
     fn floor(bencher: Bencher, shape: Shape) {
         copy(bencher, 3 * TOKENS * shape.hidden);
+    }
+}
+
+mod rotary {
+    use super::*;
+    use pronk_kernels::{RopeScaling, Rotary};
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward(bencher: Bencher, shape: Shape) {
+        let positions: Vec<u32> = (0..TOKENS as u32).map(|i| i % RECORD as u32).collect();
+        let rotary = Rotary::new(shape.dim, 10_000.0, RopeScaling::None);
+        let tables = rotary.tables(&positions, &Device::flex());
+        let x = random([TOKENS, shape.heads, shape.dim]);
+        let numbers = 2 * TOKENS * shape.heads * shape.dim;
+        bencher.counter(bytes_of(numbers)).bench_local(|| tables.apply(x.clone()));
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn floor(bencher: Bencher, shape: Shape) {
+        copy(bencher, 2 * TOKENS * shape.heads * shape.dim);
     }
 }
 
