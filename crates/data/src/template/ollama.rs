@@ -207,9 +207,13 @@ mod tests {
     #[test]
     fn what_ollama_cannot_write_is_refused() {
         // The number of the turn
-        let counting = CHATML.replace("message.role", "message.role + loop.index | string");
+        let counting = CHATML.replace(
+            "message.content",
+            "message.content + (loop.index | string if message.role == 'user' else '')",
+        );
         // Earlier answers otherwise than the last
-        let forgetting = CHATML.replace("message.content", "(message.content if loop.last else 'x')");
+        let forgetting = CHATML
+            .replace("message.content", "(message.content if loop.last or message.role == 'user' else 'x')");
         for source in [&counting, &forgetting] {
             let refusal = ollama(source, None).unwrap_err();
             assert!(refusal.contains("Ollama template") && refusal.contains("by hand"), "{refusal}");

@@ -13,8 +13,9 @@ use crate::gguf_vocabulary::{BYTE, CONTROL, GgufVocabulary, NORMAL, UNKNOWN, UNU
 const PRE: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
 
 /// Numbers, spaces, line ends, contractions, capitals, scripts, marks that combine, signs, code.
-const AWKWARD: [&str; 6] = [
+const AWKWARD: [&str; 7] = [
     "Hello, world! 3 33 333 3333 33333 3.14159 1,000,000 v2.0 x86_64",
+    "\n\n12\n\n\n345\r\n6\t7  8",
     "a  b   c    d\n\ne\n \n\tf \r\n\r\n  g\t\th   ",
     "I'm you're he'LL they'VE WE'D it's DON'T 'quoted' rock'n'roll",
     "Über señor naïve cafe\u{301} Ångström Ελληνικά Русский עברית العربية हिन्दी ไทย 漢字かな交じり文 한국어",
