@@ -473,7 +473,8 @@ fn writers(folder: &str) -> [Vec<String>; 3] {
     let base = golden("tiny-gqa");
     [
         prep_args("data.json", &base, &format!("{folder}/out")),
-        train_args(&format!("{folder}/run"), "cpu", &[]),
+        // Nobody makes room here.
+        train_args(&format!("{folder}/run"), "cpu", &["train.save_patience=0"]),
         merge_args(&base, &golden("adapter-gqa"), &format!("{folder}/merged")),
     ]
 }
@@ -565,9 +566,10 @@ fn a_full_disk() {
         assert!(files.is_empty(), "{args:?}: {files:?}");
     }
     // Wherever the disk is full, what a run leaves is whole: a checkpoint has all its files or is not there.
-    for size in
-        ["4k", "12k", "16k", "20k", "24k", "32k", "40k", "48k", "56k", "64k", "72k", "80k", "96k", "112k"]
-    {
+    for size in [
+        "4k", "12k", "16k", "20k", "24k", "32k", "40k", "48k", "56k", "64k", "72k", "80k", "96k", "112k",
+        "144k", "192k",
+    ] {
         let (run, files) = on_a_small_disk(&shop, size, &train).unwrap();
         if run.code == Some(0) {
             assert!(size != "4k" && size != "48k", "{size} should not do");
@@ -575,7 +577,8 @@ fn a_full_disk() {
         }
         let run = run.fails(&["disk/run", "No space left on device"]);
         let has = |name: &str| files.iter().any(|file| file == name);
-        for file in &files {
+        // The lock is a file without a byte, and stays where a run has begun.
+        for file in files.iter().filter(|file| *file != "run/.lock") {
             assert!(
                 !file.contains("/.") && !file.contains("partial") && !file.contains("tmp"),
                 "{size}: {file}"
