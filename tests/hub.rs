@@ -96,7 +96,9 @@ fn a_data_set_is_fetched_by_its_revision_and_kept() {
     let train = ["train", "recipe.toml", "--set", "run.dir=run", "--device", "cpu"];
     run(&shop, &hub, &[&train[..], &short].concat()).succeeds();
     assert!(shop.read("run/recipe.toml").contains(&format!("snapshots/{SHA}/main/train-0")));
-    shop.pronk(["train", "--resume", "run", "--device", "cpu", "--set", "train.max_steps=3"]).succeeds();
+    let more = ["--set", "train.max_steps=3", "--accept-changes"];
+    let resume = ["train", "--resume", "run", "--device", "cpu"];
+    shop.pronk(resume.into_iter().chain(more)).succeeds();
 }
 
 #[test]
