@@ -150,12 +150,6 @@ impl Manifest {
         self.files.remove(name);
     }
 
-    /// What the file called `name` in `dir` is known to hold, if it holds that.
-    pub(crate) fn held(&self, dir: &Path, name: &str) -> Option<Content> {
-        let known = self.files.get(name)?;
-        known.iter().find(|content| content.check(&dir.join(name)).is_ok()).cloned()
-    }
-
     /// What every file of `dir` is known to hold, if it holds that, is all that it may hold from now on.
     pub(crate) fn settle(&mut self, dir: &Path) {
         for (name, contents) in &mut self.files {

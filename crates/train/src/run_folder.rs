@@ -133,11 +133,15 @@ impl RunFolder {
     /// Writes the file called `name` of the run whole. Its hash goes into the manifest before, beside
     /// that of what is replaced, so that the two agree whenever the process ends.
     pub fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), TrainError> {
+        let path = self.root.join(name);
+        let Ok(replaced) = Content::of_file(&path) else {
+            // Of a file that is not there yet the manifest must not speak before it is.
+            return self.replace_by(name, |path| Self::write(path, bytes));
+        };
         let mut manifest = self.manifest();
-        let contents = manifest.held(&self.root, name).into_iter().chain([Content::of(bytes)]);
-        manifest.set(name, contents.collect());
+        manifest.set(name, vec![replaced, Content::of(bytes)]);
         manifest.write(&self.root)?;
-        Self::write(&self.root.join(name), bytes)
+        Self::write(&path, bytes)
     }
 
     /// Has `write` write the file called `name` of the run, whole, and notes its hash.
