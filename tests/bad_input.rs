@@ -133,6 +133,34 @@ fn knobs_of_the_data_that_are_none() {
 }
 
 #[test]
+fn starts_that_there_are_not() {
+    let shop = Workshop::new();
+    let cases: [(&[&str], &str); 6] = [
+        (
+            &["lora.init_lora_weights=pizza"],
+            "lora.init_lora_weights: expected \"default\", \"gaussian\", \"pissa\"",
+        ),
+        (&["lora.init_lora_weights=pissa_niter_x"], "\"pissa_niter_16\""),
+        (&["lora.init_lora_weights=loftq"], "expected base.quantize = \"nf4\" or \"int8\" beside it"),
+        (&["lora.init_lora_weights=pissa", "lora.use_dora=true"], "lora.use_dora: expected false"),
+        (&["lora.loftq_config={loftq_bits=4}"], "lora.loftq_config: expected init_lora_weights = \"loftq\""),
+        (
+            &[
+                "base.quantize=nf4",
+                "lora.init_lora_weights=loftq",
+                "lora.loftq_config={loftq_bits=4, loftq_iter=5}",
+            ],
+            "lora.loftq_config.loftq_iter: expected 1: the base is quantized once",
+        ),
+    ];
+    for (set, words) in cases {
+        all_refuse(&shop, &[train_args("run", "cpu", set)], &[words]);
+    }
+    let set = ["base.quantize=int8", "lora.init_lora_weights=loftq", "lora.loftq_config={loftq_bits=4}"];
+    shop.train("run", "cpu", &set).fails(&["loftq_bits: expected 8, as the base is quantized to int8"]);
+}
+
+#[test]
 fn invalid_utf8() {
     let data =
         b"{\"instruction\": \"a\", \"output\": \"b\"}\n{\"instruction\": \"\xe9t\xe9\", \"output\": \"b\"}\n";

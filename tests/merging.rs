@@ -35,6 +35,27 @@ fn a_merged_model_answers_as_base_and_adapter_do() {
     }
 }
 
+/// It started from what its base had lost: it answers over the quantized base, and is merged into that.
+#[test]
+fn an_adapter_of_a_quantized_base_is_merged_into_that() {
+    for device in devices() {
+        let shop = Workshop::new();
+        let set = ["base.quantize=nf4", "lora.init_lora_weights=loftq", "base.compute=f32"];
+        shop.train("run", device, &set).succeeds();
+        let (base, adapter) = (golden("tiny-gqa"), "run/adapter");
+        let said = shop.pronk(["adapter", "info", adapter]).succeeds();
+        assert!(said.out.contains("tiny-gqa quantized to 4 bits"), "{}", said.out);
+        assert!(shop.read("run/adapter/README.md").contains("quantized to NF4"));
+        let to = ["--device", device, "--dtype", "f32"];
+        let run = merge(&shop, &base, adapter, "merged", &to).succeeds();
+        assert!(run.err.contains("belongs to") && !run.err.contains("warning"), "{}", run.err);
+        let with_adapter = generate(&shop, &base, &["--adapter", adapter, "--device", device]);
+        assert_eq!(generate(&shop, "merged", &["--device", device]), with_adapter);
+        let refused = merge(&shop, &base, adapter, "other", &["--onto", &base]);
+        refused.fails(&["--onto", "LoftQ", "leave --onto out"]);
+    }
+}
+
 #[test]
 fn names_and_companions_are_the_bases_and_the_template_the_adapters() {
     let shop = Workshop::new();

@@ -90,6 +90,40 @@ fn killed_at_any_moment_it_is_the_same_run() {
     }
 }
 
+/// What training starts from lies in the checkpoints, beside what it has come to.
+#[test]
+fn every_start_goes_on_to_the_bit() {
+    for device in devices() {
+        let shop = Workshop::new();
+        let nf4 = "base.quantize=nf4";
+        let starts: [(&str, &[&str]); 5] = [
+            ("gaussian", &[]),
+            ("pissa", &["lora.rslora=true", "lora.rank=3"]),
+            ("pissa_niter_2", &[nf4, "base.weights=streamed", "lora.target_modules=all-linear"]),
+            ("loftq", &[nf4, "lora.target_modules=all-linear"]),
+            ("loftq", &["base.quantize=int8", "lora.use_dora=true"]),
+        ];
+        for (number, (init, more)) in starts.into_iter().enumerate() {
+            let init = format!("lora.init_lora_weights={init}");
+            let set = [more, &["lora.dropout=0.1", init.as_str()]].concat();
+            let (alone, stopped) = (format!("alone{number}"), format!("stopped{number}"));
+            shop.train(&alone, device, &set).succeeds();
+            shop.train(&stopped, device, &set).succeeds();
+            for path in ["checkpoints/step-000008", "adapter"] {
+                fs::remove_dir_all(shop.path(&format!("{stopped}/{path}"))).unwrap();
+            }
+            shop.resume(&stopped, device, &[]).succeeds();
+            assert_eq!(shop.timeless_metrics(&stopped), shop.timeless_metrics(&alone), "{init}");
+            let newest =
+                ["adapter_model", "optimizer"].map(|n| format!("checkpoints/step-000008/{n}.safetensors"));
+            for file in newest {
+                let of = |run: &str| shop.bytes(&format!("{run}/{file}"));
+                assert!(of(&stopped) == of(&alone), "{init}: {file}");
+            }
+        }
+    }
+}
+
 /// The moments that a random kill seldom meets.
 #[test]
 fn it_begins_anew_where_there_was_nothing_to_go_on_from() {

@@ -8,7 +8,7 @@ use hf_hub::api::sync::ApiBuilder;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{PromptTemplate, TextTokenizer};
 use pronk_kernels::open_device;
-use pronk_lora::Adapter;
+use pronk_lora::{Adapter, quantized_bits_of};
 use pronk_model::{Base, Decoder, LoadConfig, ModelError, Origin, Scheme, quantized};
 
 use crate::gguf_keys::vocabulary;
@@ -119,7 +119,36 @@ impl OpenedBase {
 
     /// The same with its linear layers quantized, out of the cache, or with a bar while that is
     /// made. Nothing where `stop` was set meanwhile.
-    pub fn quantized(mut self, scheme: Scheme, stop: &AtomicBool) -> Result<Option<Self>> {
+    pub fn quantized(self, scheme: Scheme, stop: &AtomicBool) -> Result<Option<Self>> {
+        let Some((quantized, origin)) = self.quantize(scheme, stop)? else { return Ok(None) };
+        let path = quantized.base.path.display();
+        match origin {
+            Origin::AsItWas => print(&format!("base      it is quantized to {scheme} as it is\n")),
+            Origin::Cache => print(&format!("base      quantized to {scheme}, from {path}\n")),
+            Origin::Quantized => print(&format!("base      quantized to {scheme}, kept in {path}\n")),
+            Origin::QuantizedAnew(reason) => {
+                print(&format!("base      quantized to {scheme} anew, in {path}: {reason}\n"));
+            }
+        }
+        Ok(Some(quantized))
+    }
+
+    /// The base that the adapter in `dir` belongs to: this one, or, where the adapter started from what
+    /// quantizing takes away, this one quantized.
+    pub fn of_adapter(self, dir: &Path) -> Result<Self> {
+        let Some(bits) = quantized_bits_of(dir).into_diagnostic()? else { return Ok(self) };
+        let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.bits() == bits);
+        let (Some(scheme), None) = (scheme, self.base.quantization()) else { return Ok(self) };
+        say(&format!(
+            "note: {} belongs to {} quantized to {scheme}, which is taken",
+            dir.display(),
+            self.name
+        ));
+        let quantized = self.quantize(scheme, &AtomicBool::new(false))?;
+        quantized.map(|(quantized, _)| quantized).ok_or_else(|| miette!("stopped"))
+    }
+
+    fn quantize(mut self, scheme: Scheme, stop: &AtomicBool) -> Result<Option<(Self, Origin)>> {
         let cache = cache_dir()?;
         let bar = progress::bar("quantizing megabytes", 0);
         let found = quantized(&self.base, scheme, &cache, |done, total| {
@@ -132,17 +161,8 @@ impl OpenedBase {
             Err(ModelError::Interrupted) => return Ok(None),
             found => found.into_diagnostic()?,
         };
-        let path = found.base.path.display();
-        match found.origin {
-            Origin::AsItWas => print(&format!("base      it is quantized to {scheme} as it is\n")),
-            Origin::Cache => print(&format!("base      quantized to {scheme}, from {path}\n")),
-            Origin::Quantized => print(&format!("base      quantized to {scheme}, kept in {path}\n")),
-            Origin::QuantizedAnew(reason) => {
-                print(&format!("base      quantized to {scheme} anew, in {path}: {reason}\n"));
-            }
-        }
         self.base = found.base;
-        Ok(Some(self))
+        Ok(Some((self, found.origin)))
     }
 
     /// Reads the weights onto `device`, with a bar.

@@ -1,5 +1,6 @@
 //! A recipe's run with all it needs in place, ready to train.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -10,12 +11,13 @@ use pronk_data::{
 };
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
-use pronk_model::{Decoder, Memory, WeightBytes};
+use pronk_model::{Base, Decoder, Memory, StartWeights, WeightBytes};
 use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, TrainError, Trainer};
 
 use crate::base::OpenedBase;
 use crate::commands::prep;
-use crate::recipe::Recipe;
+use crate::progress;
+use crate::recipe::{Quantize, Recipe};
 use crate::run_lock::{LockedFile, RunLock};
 use crate::sizes::{self, Settled, settle};
 use crate::terminal::{print, stop_on_signal};
@@ -95,6 +97,27 @@ impl LoadedRun {
         RunLock::new(&self.recipe, self.origin.clone())
     }
 
+    /// What training starts from: an adapter that there is, or a fresh one.
+    fn initial_adapter(&self) -> Result<Adapter> {
+        let Self { recipe, opened, origin, decoder, .. } = self;
+        if let Some(dir) = &recipe.lora.init_adapter {
+            return adapter_to_start_from(dir, recipe, opened, decoder);
+        }
+        let original = match recipe.base.quantize {
+            Quantize::None => None,
+            _ => Some(Base::open(&origin.path).into_diagnostic()?),
+        };
+        let weights = StartWeights { base: &opened.base, original: original.as_ref() };
+        let bar = progress::bar("decomposing weights", 0);
+        let progress = |done, total| {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+        };
+        let adapter = decoder.started_adapter(&recipe.lora.config, weights, recipe.train.seed, progress);
+        bar.finish_and_clear();
+        adapter.into_diagnostic()
+    }
+
     /// The run, before its first step.
     pub fn trainer(&self, folder: RunFolder) -> Result<Trainer<'_>> {
         let Self { recipe, opened, template, data, micro_batches, decoder, .. } = self;
@@ -114,7 +137,7 @@ impl LoadedRun {
             recipe.data.order,
             *micro_batches,
             recipe.train.clone(),
-            initial_adapter(recipe, opened, decoder)?,
+            self.initial_adapter()?,
             folder,
             card,
             Samples::new(sample_prompts(recipe, data, &opened.tokenizer, template)?, SAMPLE_TOKENS),
@@ -159,16 +182,25 @@ fn prepared(
     Ok((rows.load().into_diagnostic()?, true))
 }
 
-fn initial_adapter(recipe: &Recipe, opened: &OpenedBase, decoder: &Decoder) -> Result<Adapter> {
-    let Some(dir) = &recipe.lora.init_adapter else {
-        return decoder.new_adapter(&recipe.lora.config, recipe.train.seed).into_diagnostic();
-    };
+/// The adapter in `dir` as `lora.init_adapter`.
+fn adapter_to_start_from(
+    dir: &Path,
+    recipe: &Recipe,
+    opened: &OpenedBase,
+    decoder: &Decoder,
+) -> Result<Adapter> {
     let mut adapter = opened.load_adapter(dir, decoder).wrap_err("lora.init_adapter")?;
     let wanted = &recipe.lora.config;
     if wanted.use_dora != adapter.config.use_dora {
         let (found, asked) = (adapter.config.use_dora, wanted.use_dora);
         return Err(miette!(
             "lora.init_adapter: {} has use_dora = {found}, the recipe asks for use_dora = {asked}",
+            dir.display()
+        ));
+    }
+    if adapter.config.loftq_config.is_some() && opened.base.quantization().is_none() {
+        return Err(miette!(
+            "lora.init_adapter: {} belongs to this base quantized, the recipe has base.quantize = \"none\"",
             dir.display()
         ));
     }

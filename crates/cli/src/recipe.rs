@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{Columns, DataFile, Learn, MicroBatches, Order, PrepareConfig, RecordFormat, RowConfig};
 use pronk_kernels::Precision;
-use pronk_lora::LoraConfig;
+use pronk_lora::{InitLoraWeights, LoraConfig};
 use pronk_model::{LoadConfig, Residency, Scheme};
 use pronk_train::TrainConfig;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -200,9 +200,10 @@ impl Default for RunTable {
 }
 
 /// Knobs that stand in no default, because they are off, or found when the run starts.
-const OPTIONAL: [(&str, &str); 5] = [
+const OPTIONAL: [(&str, &str); 6] = [
     ("data", "max_seq_len"),
     ("lora", "init_adapter"),
+    ("lora", "loftq_config"),
     ("train", "max_steps"),
     ("train", "memory_budget"),
     ("train", "micro_batch_size"),
@@ -253,6 +254,7 @@ impl Recipe {
             train: train?,
             run: run?,
         };
+        problems.extend(recipe.start_problem());
         let missing = [
             (recipe.base.path.is_empty(), "base.path", "a Hugging Face directory, a .gguf file, or a hub id"),
             (recipe.data.files.is_empty(), "data.files", "a list of instruction files"),
@@ -268,6 +270,26 @@ impl Recipe {
             problems.push(format!("data.max_seq_len: expected a whole number from 2, found {found}"));
         }
         Some(recipe)
+    }
+
+    /// `lora.init_lora_weights` against the base and the other start that there may be.
+    fn start_problem(&self) -> Option<String> {
+        let LoraTable { config, init_adapter } = &self.lora;
+        let init = config.init_lora_weights;
+        let refuse =
+            |expected: &str| Some(format!("lora.init_lora_weights: expected {expected}, found \"{init}\""));
+        match init {
+            InitLoraWeights::Default => None,
+            _ if init_adapter.is_some() => refuse("\"default\" beside lora.init_adapter, which is the start"),
+            InitLoraWeights::LoftQ if self.base.quantize == Quantize::None => {
+                refuse("base.quantize = \"nf4\" or \"int8\" beside it: it starts from what that loses")
+            }
+            _ => None,
+        }
+        .or_else(|| {
+            let surplus = config.loftq_config.is_some() && init != InitLoraWeights::LoftQ;
+            surplus.then(|| "lora.loftq_config: expected init_lora_weights = \"loftq\" beside it".to_owned())
+        })
     }
 
     fn with_absolute_paths(mut self, recipe: &Path) -> Result<Self> {

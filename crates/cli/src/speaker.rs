@@ -52,6 +52,8 @@ impl Voices {
             let template = base::template(args.template.as_deref(), dir.as_deref(), &opened.tokenizer)?;
             voices.push(Voice { name, template, dir });
         }
+        let mut dirs = voices.iter().filter_map(|voice| voice.dir.as_deref());
+        let opened = dirs.try_fold(opened, OpenedBase::of_adapter)?;
         Ok(Self { opened, all: voices, verbose: args.verbose_prompt })
     }
 

@@ -158,7 +158,16 @@ fn adapter_of(pairs: Vec<HostPair>, device: &Device) -> Adapter {
         let (rows, columns) = (pair.out_features(), pair.in_features());
         let HostPair { module, rank, scale, a, b, magnitude } = pair;
         let magnitude = magnitude.map(|magnitude| tensor(magnitude, [1, rows]));
-        (module, LoraPair { a: tensor(a, [rank, columns]), b: tensor(b, [rows, rank]), scale, magnitude })
+        (
+            module,
+            LoraPair {
+                a: tensor(a, [rank, columns]),
+                b: tensor(b, [rows, rank]),
+                scale,
+                magnitude,
+                start: None,
+            },
+        )
     };
     Adapter::of_pairs(&LoraConfig::default(), pairs.into_iter().map(on_device).collect())
 }

@@ -9,6 +9,9 @@ use pronk_model::Base;
 use crate::ExportError;
 use crate::update::values;
 
+/// How often the random directions are turned towards the largest singular values.
+const TURNS: usize = 4;
+
 /// An adapter, and how much of the difference between two models it holds.
 #[derive(Debug, Clone)]
 pub struct Extraction {
@@ -64,10 +67,11 @@ pub fn extract(
         }
         let shape = [module.out_features, module.in_features];
         let difference = Tensor::from_data(TensorData::new(difference, shape), device);
-        let factors = low_rank_factors(&difference, rank, seed, &module.name);
+        let factors = low_rank_factors(&difference, rank, TURNS, seed, &module.name);
         let kept = values(&factors.energy.unsqueeze_dim(0))?.first().copied().map_or(0.0, f64::from);
         let share = 1.0 / scale.sqrt();
-        let pair = LoraPair { a: factors.a * share, b: factors.b * share, scale, magnitude: None };
+        let pair =
+            LoraPair { a: factors.a * share, b: factors.b * share, scale, magnitude: None, start: None };
         pairs.insert(module.name.clone(), pair);
         layers.push(ExtractedLayer { name: module.name.clone(), energy, kept: kept.min(energy) });
     }

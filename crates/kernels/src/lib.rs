@@ -45,6 +45,7 @@ pub use attention::{Scoring, Span, attention};
 pub use blockwise::Blockwise;
 pub use cross_entropy::{CrossEntropy, cross_entropy, logit_rows};
 pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device};
+pub use dot::dot;
 pub use frozen::{
     DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, FrozenWeight, NF4_CODEBOOK, Nf4Parts,
     Nf4QuantState, Nf4Scales, Precision, dense_bytes_on_card, quantize_int8, quantize_nf4,

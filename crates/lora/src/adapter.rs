@@ -6,7 +6,7 @@ use pronk_kernels::{Tracked, stream};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{LoraConfig, LoraError};
+use crate::{InitLoraWeights, LoraConfig, LoraError, StartFactors};
 
 /// A linear layer that could be adapted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +60,8 @@ pub struct LoraPair {
     pub scale: f64,
     /// `DoRA`'s norms of the rows of the updated weight, `[1, out]`.
     pub magnitude: Option<Tensor<2>>,
+    /// What it started with, where that was taken from the base.
+    pub start: Option<StartFactors>,
 }
 
 impl LoraPair {
@@ -87,7 +89,8 @@ pub struct Adapter {
 
 impl Adapter {
     /// A fresh adapter, initialized as PEFT does: A uniform in `±1 / sqrt(in)` (Kaiming with
-    /// `a = sqrt 5`), B zero, so that training starts from the base itself.
+    /// `a = sqrt 5`), or normal with `1 / rank`, B zero, so that training starts from the base itself.
+    /// The starts that depend on the base's weights, too, are the base's to set.
     ///
     /// A module's numbers depend on the seed and its name alone, and are the same on every device.
     /// Magnitudes of `DoRA` are not among them: they are the base's, which knows how to set them.
@@ -102,14 +105,19 @@ impl Adapter {
             let rank = config.rank_of(&module.name);
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(stream(&module.name));
-            let bound = 1.0 / (module.in_features as f32).sqrt();
-            let a: Vec<f32> =
-                (0..rank * module.in_features).map(|_| rng.random_range(-bound..bound)).collect();
+            let numbers = 0..rank * module.in_features;
+            let a: Vec<f32> = if config.init_lora_weights == InitLoraWeights::Gaussian {
+                numbers.map(|_| normal(&mut rng) / rank as f32).collect()
+            } else {
+                let bound = 1.0 / (module.in_features as f32).sqrt();
+                numbers.map(|_| rng.random_range(-bound..bound)).collect()
+            };
             LoraPair {
                 a: Tensor::from_data(TensorData::new(a, [rank, module.in_features]), device),
                 b: Tensor::zeros([module.out_features, rank], device),
                 scale: config.scale_of(&module.name),
                 magnitude: None,
+                start: None,
             }
         };
         let targets = config.select(modules)?;
@@ -131,4 +139,10 @@ impl Adapter {
     pub fn parameters(&self) -> usize {
         self.tensors().map(|(_, tensor)| tensor.shape().num_elements()).sum()
     }
+}
+
+/// A number of a standard normal distribution, by Box and Muller's way.
+fn normal(rng: &mut ChaCha8Rng) -> f32 {
+    let (radius, turn): (f32, f32) = (rng.random_range(f32::MIN_POSITIVE..1.0), rng.random_range(0.0..1.0));
+    (-2.0 * radius.ln()).sqrt() * (std::f32::consts::TAU * turn).cos()
 }

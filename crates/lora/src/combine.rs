@@ -58,7 +58,7 @@ impl Adapter {
 fn stacked(parts: &[(&LoraPair, f64)]) -> LoraPair {
     let a = parts.iter().map(|(pair, factor)| pair.a.clone() * *factor).collect();
     let b = parts.iter().map(|(pair, _)| pair.b.clone()).collect();
-    LoraPair { a: Tensor::cat(a, 0), b: Tensor::cat(b, 1), scale: 1.0, magnitude: None }
+    LoraPair { a: Tensor::cat(a, 0), b: Tensor::cat(b, 1), scale: 1.0, magnitude: None, start: None }
 }
 
 /// Weight and scale are shared out between A and B, the sign on A.
@@ -68,7 +68,7 @@ fn summed(parts: &[(&LoraPair, f64)]) -> Option<LoraPair> {
         (pair.a.clone() * (root(*factor) * factor.signum()), pair.b.clone() * root(*factor))
     });
     let (a, b) = weighted.reduce(|(a, b), (more_a, more_b)| (a + more_a, b + more_b))?;
-    Some(LoraPair { a, b, scale: 1.0, magnitude: None })
+    Some(LoraPair { a, b, scale: 1.0, magnitude: None, start: None })
 }
 
 /// The first one's configuration; where the adapters choose among layers in their own ways, with the

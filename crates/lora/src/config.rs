@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::patterns::{expression, matches};
-use crate::{LoraError, ModuleShape, Patterns};
+use crate::{InitLoraWeights, LoftQConfig, LoraError, ModuleShape, Patterns};
 
 /// What to adapt, and how strongly. The names are PEFT's, `rank` and `alpha` the recipes'.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,6 +22,11 @@ pub struct LoraConfig {
     /// Train how long the rows of an adapted weight are apart from where they point
     /// (`DoRA`, Liu et al. 2024).
     pub use_dora: bool,
+    /// What A and B hold before the first step.
+    pub init_lora_weights: InitLoraWeights,
+    /// Set where the adapter belongs to a quantized base.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loftq_config: Option<LoftQConfig>,
     /// Other ranks for some modules.
     pub rank_pattern: Patterns<usize>,
     /// Other alphas for some modules.
@@ -41,6 +46,8 @@ impl Default for LoraConfig {
             target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
             rslora: false,
             use_dora: false,
+            init_lora_weights: InitLoraWeights::Default,
+            loftq_config: None,
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             layers_to_transform: Vec::new(),
@@ -133,6 +140,20 @@ impl LoraConfig {
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return refuse("dropout", "a number from 0 to below 1", self.dropout.to_string());
+        }
+        if self.use_dora && self.init_lora_weights.keeps_start() {
+            let found = format!("true with init_lora_weights = \"{}\"", self.init_lora_weights);
+            return refuse("use_dora", "false where the factors start from the base's own weight", found);
+        }
+        match self.loftq_config {
+            Some(LoftQConfig { loftq_bits, .. }) if ![4, 8].contains(&loftq_bits) => {
+                return refuse("loftq_config.loftq_bits", "4 (nf4) or 8 (int8)", loftq_bits.to_string());
+            }
+            Some(LoftQConfig { loftq_iter, .. }) if loftq_iter != 1 => {
+                let expected = "1: the base is quantized once, for every run over it";
+                return refuse("loftq_config.loftq_iter", expected, loftq_iter.to_string());
+            }
+            _ => {}
         }
         if let Some((key, rank)) = self.rank_pattern.iter().find(|(_, rank)| **rank == 0) {
             return refuse("rank_pattern", "whole numbers from 1", format!("{rank} for {key}"));

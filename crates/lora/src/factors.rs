@@ -2,14 +2,16 @@
 
 use burn::linalg::svd;
 use burn::tensor::{Tensor, TensorData};
-use pronk_kernels::stream;
+use pronk_kernels::{dot, stream};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Directions looked at beyond the rank, and how often they are turned towards the largest singular values:
-/// Halko et al. 2011 advise 5 to 10 of the ones and 1 to 4 of the others.
+/// Directions looked at beyond the rank: Halko et al. 2011 advise 5 to 10.
 const OVERSAMPLING: usize = 10;
-const TURNS: usize = 4;
+/// Rows or columns up to which all singular values are found.
+const SMALL: usize = 64;
+/// What is left of a vector, of its length before, where it lies in the span of those before it.
+const NOTHING: f32 = 1e-6;
 /// LAPACK's bound on the sweeps for a singular value.
 const SWEEPS: usize = 30;
 
@@ -29,21 +31,33 @@ pub struct LowRankFactors {
 ///
 /// The singular values are found by a randomized range finder with subspace iterations (Halko, Martinsson
 /// and Tropp 2011, <https://arxiv.org/abs/0909.4061>, algorithms 4.4 and 5.1), or exactly, where the
-/// matrix is small. `seed` and `name` alone decide its directions. The numbers have to be finite.
-pub fn low_rank_factors(matrix: &Tensor<2>, rank: usize, seed: u64, name: &str) -> LowRankFactors {
+/// matrix is small. They turn the directions `turns` times towards the largest singular values: 1 to 4 times is
+/// Halko's advice. `seed` and `name` alone decide the directions. The numbers have to be finite.
+pub fn low_rank_factors(
+    matrix: &Tensor<2>,
+    rank: usize,
+    turns: usize,
+    seed: u64,
+    name: &str,
+) -> LowRankFactors {
     let [rows, cols] = matrix.dims();
     let rank = rank.min(rows).min(cols);
     let width = rank + OVERSAMPLING;
-    let (u, s, vt) = if 2 * width >= rows.min(cols) {
+    let (u, s, vt) = if rows.min(cols) <= SMALL.max(2 * width) {
         svd::<2, 1>(matrix.clone(), SWEEPS)
     } else {
-        let mut basis = orthonormal(matrix.clone().matmul(directions([cols, width], seed, name, matrix)));
-        for _ in 0..TURNS {
-            let across = orthonormal(matrix.clone().transpose().matmul(basis));
-            basis = orthonormal(matrix.clone().matmul(across));
+        // Bases are rows here, so that their vectors lie in one piece.
+        let start = directions([width, cols], seed, name, matrix);
+        let mut basis = orthonormal(&start.matmul(matrix.clone().transpose()));
+        for _ in 0..turns {
+            let across = orthonormal(&basis.matmul(matrix.clone()));
+            basis = orthonormal(&across.matmul(matrix.clone().transpose()));
         }
-        let (u, s, vt) = svd::<2, 1>(basis.clone().transpose().matmul(matrix.clone()), SWEEPS);
-        (basis.matmul(u), s, vt)
+        let within = basis.clone().matmul(matrix.clone());
+        let across = orthonormal(&within);
+        // Square and small: width by width.
+        let (u, s, vt) = svd::<2, 1>(within.matmul(across.clone().transpose()), SWEEPS);
+        (basis.transpose().matmul(u), s, vt.matmul(across))
     };
     let s = s.narrow(0, 0, rank);
     let root = s.clone().sqrt();
@@ -54,9 +68,35 @@ pub fn low_rank_factors(matrix: &Tensor<2>, rank: usize, seed: u64, name: &str) 
     }
 }
 
-/// An orthonormal basis of what the columns of `x` span.
-fn orthonormal(x: Tensor<2>) -> Tensor<2> {
-    svd::<2, 1>(x, SWEEPS).0
+/// An orthonormal basis of what the rows of `x` span, with zeros for those that lie in the span of the ones before.
+/// Gram's and Schmidt's way, twice, which is as good as others (Giraud et al. 2005).
+fn orthonormal(x: &Tensor<2>) -> Tensor<2> {
+    let [count, length] = x.dims();
+    // A device that fails is told of where its numbers are read next.
+    let Ok(mut rows) = x.try_to_vec_as::<f32>() else { return x.clone() };
+    for at in 0..count {
+        let (before, rest) = rows.split_at_mut(at * length);
+        let Some((row, _)) = rest.split_at_mut_checked(length) else { break };
+        let whole = norm(row);
+        for _ in 0..2 {
+            for other in before.chunks_exact(length) {
+                let along = dot(row, other);
+                for (x, other) in row.iter_mut().zip(other) {
+                    *x -= along * other;
+                }
+            }
+        }
+        let left = norm(row);
+        let factor = if left > NOTHING * whole { 1.0 / left } else { 0.0 };
+        for x in row {
+            *x *= factor;
+        }
+    }
+    Tensor::from_data(TensorData::new(rows, [count, length]), &x.device())
+}
+
+fn norm(x: &[f32]) -> f32 {
+    dot(x, x).sqrt()
 }
 
 /// Numbers from -1 to 1: what their distribution is matters little.

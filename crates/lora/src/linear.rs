@@ -102,13 +102,18 @@ impl LoraLinear {
     }
 }
 
-/// `y + scale * (dropout(x) A^T) B^T` of the module called `name`, or `y` where no adapter sits on it.
+/// `y + scale * (dropout(x) A^T) B^T` of the module called `name`, or `y` where no adapter sits on it. What the
+/// pair started with is taken away without dropout: it is a part of the base.
 ///
 /// # Shapes
 /// - x: `[tokens, in]`
 /// - y and result: `[tokens, out]`
 pub fn low_rank_update(y: Tensor<2>, x: Tensor<2>, name: &str, mode: ForwardMode) -> Tensor<2> {
     let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(name)) else { return y };
+    let y = match &pair.start {
+        Some(start) => add_low_rank(y, x.clone(), &start.a, &start.b, -pair.scale),
+        None => y,
+    };
     let x = match mode.dropout {
         Some(dropout) => dropout.apply(x, name),
         None => x,

@@ -3,7 +3,7 @@
 
 mod config_file;
 
-pub use config_file::base_of;
+pub use config_file::{base_of, quantized_bits_of};
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -45,10 +45,12 @@ impl Adapter {
     /// Refuses numbers that are not finite and, unless `fresh`, an adapter whose B is all zero:
     /// it would be the base again, under another name.
     ///
+    /// Where pairs have a start beside them, what is written is the [standalone](Self::standalone) adapter.
+    ///
     /// A directory that was not there before is there afterwards with both files, or not at all.
     pub fn save(&self, dir: &Path, base: &str, fresh: bool) -> Result<(), LoraError> {
         let existed = dir.exists();
-        let saved = self.save_files(dir, base, fresh);
+        let saved = self.standalone().save_files(dir, base, fresh);
         if saved.is_err() && !existed {
             let _ = fs::remove_dir_all(dir); // it may not even have been made
         }
@@ -136,7 +138,7 @@ impl Adapter {
                 config.use_dora.then(|| tensor(Factor::Magnitude, [1, module.out_features])).flatten();
             if let (Some(a), Some(b)) = (a, b) {
                 let scale = config.scale_of(&module.name);
-                pairs.insert(module.name.clone(), LoraPair { a, b, scale, magnitude });
+                pairs.insert(module.name.clone(), LoraPair { a, b, scale, magnitude, start: None });
             }
         }
         let mut surplus: Vec<_> = tensors.into_keys().collect();

@@ -9,8 +9,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use half::bf16;
 use pronk_kernels::{DeviceError, open_device};
 use pronk_lora::{
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraError, LoraPair, ModuleShape, PartOf,
-    TargetModules,
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, LoraPair,
+    ModuleShape, PartOf, TargetModules, quantized_bits_of,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -175,6 +175,35 @@ fn pefts_directories_load_and_come_back_the_same() {
             assert_eq!(written, 2, "only the two files lie there");
         }
     }
+}
+
+#[test]
+fn a_gaussian_start_is_one() {
+    let config = LoraConfig {
+        rank: 4,
+        target_modules: names(&["gate_proj", "down_proj"]),
+        init_lora_weights: InitLoraWeights::Gaussian,
+        ..LoraConfig::default()
+    };
+    let adapter = Adapter::init(&config, &modules(), 3, &device()).unwrap();
+    let a: Vec<f32> = adapter.pairs.values().flat_map(|pair| host(&pair.a)).collect();
+    let mean = |power: i32| a.iter().map(|x| (4.0 * x).powi(power)).sum::<f32>() / a.len() as f32;
+    assert!(mean(1).abs() < 0.15 && (mean(2) - 1.0).abs() < 0.2 && (mean(4) - 3.0).abs() < 1.2);
+    assert!(adapter.pairs.values().all(|pair| host(&pair.b).iter().all(|x| *x == 0.0)));
+}
+
+#[test]
+fn a_quantized_base_is_told_as_peft_can_read_it() {
+    let loftq = LoftQConfig { loftq_bits: 4, loftq_iter: 1 };
+    let config = LoraConfig { loftq_config: Some(loftq), ..LoraConfig::default() };
+    let adapter = Adapter::init(&config, &modules(), 3, &device()).unwrap();
+    let dir = TempDir::new().unwrap();
+    adapter.save(dir.path(), "base", true).unwrap();
+    let file = config_of(dir.path());
+    assert_eq!(file["init_lora_weights"], true, "PEFT must not quantize the base once more");
+    assert_eq!(file["loftq_config"], json!({"loftq_bits": 4, "loftq_iter": 1}));
+    assert_eq!(quantized_bits_of(dir.path()).unwrap(), Some(4));
+    assert_eq!(quantized_bits_of(&golden("gqa")).unwrap(), None);
 }
 
 #[test]

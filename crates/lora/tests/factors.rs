@@ -30,7 +30,7 @@ fn the_largest_singular_values_are_kept() {
     // Small ones exactly, large ones by random directions; wide and tall.
     for ([rows, cols], rank) in [([20, 30], 6), ([160, 120], 8), ([90, 200], 12)] {
         let m = Tensor::<2>::from_data(TensorData::new(matrix(rows, cols), [rows, cols]), &device);
-        let factors = low_rank_factors(&m, rank, 3, "m");
+        let factors = low_rank_factors(&m, rank, 4, 3, "m");
         assert_eq!((factors.a.dims(), factors.b.dims()), ([rank, cols], [rows, rank]));
         let square = |t: Tensor<2>| f64::from(t.square().sum().into_scalar::<f32>());
         let energy = |from: usize, to: usize| (from..to).map(|k| 0.8_f64.powi(2 * k as i32)).sum::<f64>();
@@ -41,7 +41,7 @@ fn the_largest_singular_values_are_kept() {
         let (a, b) = (square(factors.a.clone()), square(factors.b));
         assert!((a / b - 1.0).abs() < 1e-4, "both factors are as large");
 
-        let again = low_rank_factors(&m, rank, 3, "m").a.try_to_vec_as::<f32>().unwrap();
+        let again = low_rank_factors(&m, rank, 4, 3, "m").a.try_to_vec_as::<f32>().unwrap();
         assert_eq!(again, factors.a.try_to_vec_as::<f32>().unwrap(), "the same seed, the same bits");
     }
 }

@@ -82,6 +82,9 @@ pub enum ModelError {
         /// What it was to be quantized to.
         wanted: String,
     },
+    /// An adapter that this base cannot have.
+    #[error(transparent)]
+    Lora(#[from] pronk_lora::LoraError),
     /// The caller has asked to stop.
     #[error("stopped; nothing is left behind")]
     Interrupted,

@@ -26,6 +26,7 @@ mod pytorch_file;
 mod quantize;
 mod safetensors_files;
 mod staging;
+mod start;
 mod synth;
 mod weights_writer;
 
@@ -43,5 +44,6 @@ pub use layout::Layout;
 pub use loader::{LoadConfig, Memory, Residency, WeightBytes};
 pub use quantize::{Origin, QuantizedBase, Scheme, quantized};
 pub use staging::Staging;
+pub use start::StartWeights;
 pub use synth::{SHAPES, Shape, synthesize};
 pub use weights_writer::{ShardSpec, TensorSpec, WeightsWriter, WrittenWeights};

@@ -43,6 +43,14 @@ impl Scheme {
     /// Every scheme, smallest first.
     pub const ALL: [Self; 2] = [Self::Nf4, Self::Int8];
 
+    /// Bits of a number.
+    pub fn bits(self) -> u8 {
+        match self {
+            Self::Nf4 => 4,
+            Self::Int8 => 8,
+        }
+    }
+
     /// What it makes of a matrix.
     pub fn format(self) -> Format {
         match self {

@@ -37,6 +37,9 @@ pub struct TrainerState {
     pub data_key: String,
     /// What the sample prompts were answered so far.
     pub samples: Vec<SampleRound>,
+    /// Whether the adapter's factors lie with those that they started from, as twice the rank.
+    #[serde(default)]
+    pub keeps_start: bool,
 }
 
 impl TrainerState {
@@ -51,6 +54,7 @@ impl TrainerState {
             skipped_in_a_row: 0,
             data_key,
             samples: Vec::new(),
+            keeps_start: false,
         }
     }
 }
@@ -139,7 +143,10 @@ fn load(
     device: &Device,
 ) -> Result<Checkpoint, TrainError> {
     let state = read_state(path)?;
-    let adapter = Adapter::load(path, modules, device)?;
+    let mut adapter = Adapter::load(path, modules, device)?;
+    if state.keeps_start {
+        adapter = adapter.with_start()?;
+    }
     let mut optimizer = Optimizer::new(config, &adapter);
     states_from_file(&mut optimizer, &path.join(STATES), device)?;
     Ok(Checkpoint { state, adapter, optimizer })

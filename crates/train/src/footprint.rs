@@ -89,6 +89,8 @@ pub struct Shapes {
     adapted: BTreeSet<String>,
     /// Outputs of a block's layers with `DoRA`, which are kept in front of their magnitudes.
     dora_outputs: usize,
+    /// Whether the factors that the adapter started from are kept beside it.
+    keeps_start: bool,
     /// Numbers in the adapter.
     adapter_numbers: u64,
     /// Bytes that a number of a saved block input takes.
@@ -113,6 +115,7 @@ impl Shapes {
             model: model.clone(),
             weights,
             dora_outputs: magnitudes(outputs.values().sum()),
+            keeps_start: lora.init_lora_weights.keeps_start(),
             adapter_numbers: numbers.sum::<usize>() as u64,
             adapted: targets.iter().map(|m| short(&m.name)).collect(),
             saved_bytes: FLOAT,
@@ -147,7 +150,7 @@ impl Shapes {
         Footprint {
             weights: self.weights.resident,
             streamed: self.weights.streamed_head > 0,
-            adapter: numbers,
+            adapter: numbers * if self.keeps_start { 2 } else { 1 },
             optimizer: numbers + self.adapter_numbers * self.state_bytes,
             saved_inputs: (layers - kept) as u64 * input,
             kept_graphs: kept as u64 * self.graph(work),

@@ -156,7 +156,13 @@ mod tests {
     }
 
     fn pair(seed: usize) -> LoraPair {
-        LoraPair { a: wave([4, 80], seed), b: wave([90, 4], seed + 1), scale: 1.0, magnitude: None }
+        LoraPair {
+            a: wave([4, 80], seed),
+            b: wave([90, 4], seed + 1),
+            scale: 1.0,
+            magnitude: None,
+            start: None,
+        }
     }
 
     /// A and B after some steps.

@@ -95,7 +95,8 @@ impl<'a> Trainer<'a> {
         }
         let plan = Plan::new(&config, order, data.mixture.clone());
         let optimizer = Optimizer::new(&config, &adapter);
-        let state = TrainerState::new(data.key.clone());
+        let mut state = TrainerState::new(data.key.clone());
+        state.keeps_start = adapter.pairs.values().any(|pair| pair.start.is_some());
         let shapes = Shapes::new(&decoder.config, weights, &adapter.config)?;
         let memory = MemoryPlan::new(&config, shapes);
         let run = Self {
@@ -137,7 +138,9 @@ impl<'a> Trainer<'a> {
             return Err(TrainError::Checkpoint { path: self.folder.checkpoints(), problem: problem.into() });
         }
         // What is adapted is the checkpoint's; how it is trained on is the recipe's.
-        adapter.config.dropout = self.adapter.config.dropout;
+        if !adapter.take_config_of(&self.adapter) {
+            adapter.config.dropout = self.adapter.config.dropout;
+        }
         (self.state, self.adapter, self.optimizer) = (state, adapter, optimizer);
         self.state.data_key.clone_from(&self.data.key);
         self.find_the_best(observer)?;

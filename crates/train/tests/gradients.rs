@@ -5,11 +5,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 use pronk_data::{PackedBatch, TokenizedExample};
 use pronk_kernels::{Dropout, DropoutKey, open_device};
-use pronk_lora::{Adapter, Factor, LoraConfig, TargetModules, TensorName};
-use pronk_model::{Base, Decoder, LoadConfig};
+use pronk_lora::{Adapter, Factor, InitLoraWeights, LoraConfig, TargetModules, TensorName};
+use pronk_model::{Base, Decoder, LoadConfig, StartWeights};
 use pronk_train::{Gradients, Keep, MicroBatchLoss, SavedInputs, loss_and_gradients, loss_only};
 use safetensors::SafeTensors;
 
@@ -90,6 +90,54 @@ fn loss_and_gradients_equal_pefts() {
         ("dora", "tiny-bias"),
     ];
     equal_pefts("lora-gradients.safetensors", &llamas.map(|(case, model)| (case, model.to_owned())));
+}
+
+/// From the same start over the base as it is, where PEFT takes the start away from the base's own weights.
+#[test]
+fn gradients_of_a_principal_start_equal_pefts() {
+    let bytes = fs::read(golden().join("pissa-gradients.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    for device in devices() {
+        let (base, decoder) = decoder("tiny-gqa", &device);
+        let config = LoraConfig {
+            rank: 2,
+            alpha: 3.0,
+            target_modules: TargetModules::Names(vec!["v_proj".into(), "down_proj".into()]),
+            init_lora_weights: InitLoraWeights::Pissa(None),
+            ..LoraConfig::default()
+        };
+        let weights = StartWeights { base: &base, original: None };
+        let mut adapter = decoder.started_adapter(&config, weights, 1, |_, _| ()).unwrap();
+        for (name, pair) in &mut adapter.pairs {
+            let read = |kind: &str, factor, like: &Tensor<2>| {
+                let name = TensorName::new(name, factor);
+                let values = floats(&file, &format!("pissa.{kind}.base_model.model.{name}.weight"));
+                Tensor::<2>::from_data(TensorData::new(values, like.dims()), &device)
+            };
+            let pefts = |kind| (read(kind, Factor::A, &pair.a), read(kind, Factor::B, &pair.b));
+            let (start, now) = (pefts("start"), pefts("factor"));
+            // Singular vectors have no sign of their own, their products have.
+            let product: Vec<f32> = start.1.clone().matmul(start.0.clone()).try_to_vec_as().unwrap();
+            let error = relative_error(&pair.b.clone().matmul(pair.a.clone()), &product);
+            assert!(error < 1e-4, "{device:?} {name}: {error}");
+            (pair.a, pair.b) = start;
+            pair.keep_start();
+            (pair.a, pair.b) = now;
+        }
+        let batch = pack(&examples(&file, "pissa"));
+        for kept in [usize::MAX, 0] {
+            let n = batch.supervised();
+            let micro = loss_and_gradients(&decoder, &adapter, &batch, n, graphs(kept), None, None);
+            let (mean, expected) = (loss(&micro) / n as f32, floats(&file, "pissa.loss")[0]);
+            assert!((mean / expected - 1.0).abs() < 1e-5, "loss {mean}, PEFT's is {expected}");
+            assert_eq!(micro.gradients.tensors.len(), 8);
+            for (name, ours) in &micro.gradients.tensors {
+                let key = format!("pissa.gradient.base_model.model.{name}.weight");
+                let error = relative_error(ours, &floats(&file, &key));
+                assert!(error < 1e-4, "{device:?} {kept} kept, {key}: {error}");
+            }
+        }
+    }
 }
 
 /// Biases, norms of heads and of outputs, caps, windows, two rotary embeddings, packed layers.

@@ -35,10 +35,11 @@ fn describe(adapter: &Adapter, modules: &[ModuleSummary], base: Option<&str>) ->
     let kind = if config.use_dora { "DoRA" } else { "LoRA" };
     let parameters: usize = modules.iter().map(|module| module.parameters).sum();
     let mut text = format!(
-        "{kind}, {parameters} parameters in {} modules of {}\nrank {}, alpha {}, dropout {}{}\n\n\
+        "{kind}, {parameters} parameters in {} modules of {}{}\nrank {}, alpha {}, dropout {}{}\n\n\
          {:<14} {:>7} {:>6} {:>10} {:>12} {:>10} {:>10}\n",
         modules.len(),
         base.unwrap_or("a base that it does not name"),
+        config.loftq_config.map_or(String::new(), |it| format!(" quantized to {} bits", it.loftq_bits)),
         config.rank,
         config.alpha,
         config.dropout,

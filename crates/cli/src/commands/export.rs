@@ -14,7 +14,7 @@ use crate::{base, proof};
 
 /// `pronk export`
 pub fn run(args: &Export) -> Result<()> {
-    let opened = base::open(&args.base, Path::new("."))?;
+    let opened = base::open(&args.base, Path::new("."))?.of_adapter(&args.adapter)?;
     let device = open_device(&args.device.device).into_diagnostic()?;
     let modules = opened.base.config.adapter_modules();
     let adapter = Adapter::load(&args.adapter, &modules, &device).into_diagnostic()?;

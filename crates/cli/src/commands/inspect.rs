@@ -127,6 +127,7 @@ fn tokens(example: ExampleView, tokenizer: &TextTokenizer, colour: bool) -> Stri
 /// `pronk inspect logits`
 pub fn logits(name: &str, adapter: Option<&Path>, text: &str, out: &Path, device: &str) -> Result<()> {
     let opened = base::open(name, Path::new("."))?;
+    let opened = adapter.into_iter().try_fold(opened, OpenedBase::of_adapter)?;
     let ids = opened.tokenizer.encode_prompt(text).into_diagnostic()?;
     if ids.is_empty() {
         return Err(miette!("--text: expected at least one token, found none"));

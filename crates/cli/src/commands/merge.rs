@@ -2,13 +2,13 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::Device;
-use miette::{IntoDiagnostic, Result};
+use miette::{IntoDiagnostic, Result, miette};
 use pronk_data::{CHAT_TEMPLATE as TEMPLATE_FILE, PromptTemplate};
 use pronk_export::{
     Dtype, Finish, GgufMergeOptions, MODEL_GGUF, MergeOptions, MergeReport, measure, merge, merge_gguf,
 };
 use pronk_kernels::open_device;
-use pronk_lora::Adapter;
+use pronk_lora::{Adapter, quantized_bits_of};
 use pronk_model::{Base, GgufValue};
 
 use crate::args::{self, Merge, MergeFormat};
@@ -19,10 +19,18 @@ use crate::{base, gguf_keys, progress, proof};
 
 /// `pronk merge`
 pub fn run(args: &Merge) -> Result<()> {
-    let trained_on = base::open(&args.base, Path::new("."))?;
+    let of_quantized = quantized_bits_of(&args.adapter).into_diagnostic()?.is_some();
+    if let (true, Some(onto)) = (of_quantized, &args.onto) {
+        return Err(miette!(
+            "--onto {onto}: {} started from what the base lost when it was quantized (LoftQ), and would bring that to \
+             weights that have it still; leave --onto out",
+            args.adapter.display()
+        ));
+    }
+    let trained_on = base::open(&args.base, Path::new("."))?.of_adapter(&args.adapter)?;
     let other = args.onto.as_ref().map(|onto| base::open(onto, Path::new("."))).transpose()?;
     let opened = other.as_ref().unwrap_or(&trained_on);
-    if let (Some(formats), None) = (trained_on.base.quantization(), &other) {
+    if let (Some(formats), None, false) = (trained_on.base.quantization(), &other, of_quantized) {
         eprintln!(
             "warning: {} is quantized ({formats}): the merged model keeps what its weights were rounded to. To merge \
              into the weights as they were, name the base that it was made from with --onto",

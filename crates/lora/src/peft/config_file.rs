@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{ADAPTER_CONFIG, misfit, read};
-use crate::{LoraConfig, LoraError, TargetModules};
+use crate::{InitLoraWeights, LoftQConfig, LoraConfig, LoraError, TargetModules};
 
 /// Only keys that every PEFT version since 0.6 accepts: older ones fail on keys they do not know.
 pub fn to_json(config: &LoraConfig, targets: &[String], base: &str) -> String {
@@ -29,6 +29,10 @@ pub fn to_json(config: &LoraConfig, targets: &[String], base: &str) -> String {
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
     });
+    if let Some(loftq) = config.loftq_config {
+        // PEFT reads it where init_lora_weights is "loftq" alone, and would then quantize the base anew.
+        value["loftq_config"] = json!(loftq);
+    }
     if config.use_dora {
         value["use_dora"] = json!(true);
     }
@@ -47,6 +51,11 @@ pub fn base_of(dir: &Path) -> Result<Option<String>, LoraError> {
     let value: Value = serde_json::from_slice(&read(&path)?)
         .map_err(|e| LoraError::Malformed { path, problem: e.to_string() })?;
     Ok(value["base_model_name_or_path"].as_str().map(str::to_owned))
+}
+
+/// The bits of the quantized base that the adapter in `dir` belongs to, where it is not a base as it was.
+pub fn quantized_bits_of(dir: &Path) -> Result<Option<u8>, LoraError> {
+    Ok(load(dir)?.loftq_config.map(|loftq| loftq.loftq_bits))
 }
 
 /// The configuration, with a refusal by name of everything that would change the result.
@@ -90,6 +99,8 @@ pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
         target_modules,
         rslora: value["use_rslora"] == true,
         use_dora: value["use_dora"] == true,
+        init_lora_weights: InitLoraWeights::Default,
+        loftq_config: loftq_config(&path, &value)?,
         rank_pattern: or_default(&path, &value, "rank_pattern")?,
         alpha_pattern: or_default(&path, &value, "alpha_pattern")?,
         layers_to_transform: or_default(&path, &value, "layers_to_transform")?,
@@ -97,6 +108,11 @@ pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
     };
     config.validate().map_err(|e| malformed(e.to_string()))?;
     Ok(config)
+}
+
+/// PEFT writes an empty table where there is none.
+fn loftq_config(path: &Path, value: &Value) -> Result<Option<LoftQConfig>, LoraError> {
+    if is_off(&value["loftq_config"]) { Ok(None) } else { or_default(path, value, "loftq_config") }
 }
 
 /// What stands under `key`, or what it is by default.

@@ -1,0 +1,109 @@
+//! Adapters that start from singular values of the base's weights.
+
+use burn::tensor::{Device, Tensor, TensorData};
+use pronk_lora::{Adapter, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, ModuleShape};
+
+use crate::{Base, Decoder, ModelError, Scheme};
+
+/// The weights that a fresh adapter may start from.
+#[derive(Debug, Clone, Copy)]
+pub struct StartWeights<'a> {
+    /// The base that is trained on.
+    pub base: &'a Base,
+    /// The same before it was quantized, where it was.
+    pub original: Option<&'a Base>,
+}
+
+impl Decoder {
+    /// A fresh adapter as `init_lora_weights` asks for it. It changes nothing yet, but for `LoftQ`'s, which brings
+    /// the quantized base nearer to what it was. `progress` hears how many modules' weights are decomposed, and how
+    /// many will be; one at a time is in memory.
+    pub fn started_adapter(
+        &self,
+        config: &LoraConfig,
+        weights: StartWeights,
+        seed: u64,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Adapter, ModelError> {
+        let init = config.init_lora_weights;
+        if matches!(init, InitLoraWeights::Default | InitLoraWeights::Gaussian) {
+            return Ok(self.new_adapter(config, seed)?);
+        }
+        let lost = |original| Lost { original, base: weights.base };
+        let lost = match (init, weights.original) {
+            (InitLoraWeights::LoftQ, Some(original)) => Some(lost(original)),
+            (InitLoraWeights::LoftQ, None) => {
+                let expected = "a base that is quantized when the run starts, for what it loses by it".into();
+                let found = "loftq over a base as it is".into();
+                return Err(LoraError::Config { knob: "init_lora_weights", expected, found }.into());
+            }
+            _ => None,
+        };
+        let loftq_config = match lost {
+            Some(_) => Some(loftq_config(config, weights.base)?),
+            None => config.loftq_config,
+        };
+        let config = LoraConfig { loftq_config, ..config.clone() };
+        let modules = self.config.adapter_modules();
+        let mut adapter = Adapter::init(&config, &modules, seed, self.device())?;
+        let total = adapter.pairs.len();
+        for (done, (name, pair)) in adapter.pairs.iter_mut().enumerate() {
+            progress(done, total);
+            let Some(module) = modules.iter().find(|module| module.name == *name) else { continue };
+            let matrix = match &lost {
+                Some(lost) => lost.by(module, self.device())?,
+                None => weight(weights.base, module, self.device())?,
+            };
+            pair.approximate(&matrix, init, seed, name);
+            if init.keeps_start() {
+                pair.keep_start();
+            }
+        }
+        progress(total, total);
+        if config.use_dora {
+            self.set_magnitudes(&mut adapter);
+        }
+        Ok(adapter)
+    }
+}
+
+/// What quantizing a base has taken away.
+struct Lost<'a> {
+    original: &'a Base,
+    base: &'a Base,
+}
+
+impl Lost<'_> {
+    fn by(&self, module: &ModuleShape, device: &Device) -> Result<Tensor<2>, ModelError> {
+        Ok(weight(self.original, module, device)? - weight(self.base, module, device)?)
+    }
+}
+
+/// A module's weight, `[out, in]`, in float32.
+fn weight(base: &Base, module: &ModuleShape, device: &Device) -> Result<Tensor<2>, ModelError> {
+    let (layer, rows) = match &module.part_of {
+        Some(part) => (&part.module, part.rows.clone()),
+        None => (&module.name, 0..module.out_features),
+    };
+    let columns = module.in_features;
+    let mut values = base.read(&format!("{layer}.weight"))?.to_f32();
+    values.truncate(rows.end * columns);
+    values.drain(..rows.start * columns);
+    Ok(Tensor::from_data(TensorData::new(values, [rows.len(), columns]), device))
+}
+
+/// What the recipe says of the quantized base, or what it is.
+fn loftq_config(config: &LoraConfig, base: &Base) -> Result<LoftQConfig, LoraError> {
+    let quantization = base.quantization().unwrap_or_default();
+    let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.to_string() == quantization);
+    let loftq_bits = scheme.map_or(0, Scheme::bits);
+    match config.loftq_config {
+        Some(asked) if asked.loftq_bits != loftq_bits => Err(LoraError::Config {
+            knob: "loftq_config.loftq_bits",
+            expected: format!("{loftq_bits}, as the base is quantized to {quantization}"),
+            found: asked.loftq_bits.to_string(),
+        }),
+        Some(asked) => Ok(asked),
+        None => Ok(LoftQConfig { loftq_bits, loftq_iter: 1 }),
+    }
+}

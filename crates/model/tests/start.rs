@@ -1,0 +1,156 @@
+//! Adapters that start from singular values, over bases of every kind.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test reports by panicking
+
+#[allow(dead_code)] // what it shares is more than this test takes
+mod golden;
+
+use std::ops::ControlFlow;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use golden::{assert_close, devices, workspace};
+use pronk_kernels::Precision;
+use pronk_lora::{
+    Adapter, ForwardMode, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, TargetModules,
+    low_rank_factors,
+};
+use pronk_model::{Base, Decoder, LoadConfig, ModelError, Residency, Scheme, StartWeights, quantized};
+use tempfile::TempDir;
+
+const IDS: [u32; 9] = [1, 40, 17, 35, 12, 55, 36, 19, 4];
+
+fn open(name: &str) -> Base {
+    Base::open(&workspace("tests/golden").join(name)).unwrap()
+}
+
+fn small(name: &str, scheme: Scheme, cache: &TempDir) -> Base {
+    quantized(&open(name), scheme, cache.path(), |_, _| ControlFlow::Continue(())).unwrap().base
+}
+
+fn config(init: InitLoraWeights, targets: &[&str]) -> LoraConfig {
+    let target_modules = TargetModules::Names(targets.iter().map(|&name| name.into()).collect());
+    LoraConfig { rank: 3, alpha: 5.0, init_lora_weights: init, target_modules, ..LoraConfig::default() }
+}
+
+fn decoder(base: &Base, device: &Device, weights: Residency) -> Decoder {
+    let config = LoadConfig { precision: Precision::F32, weights };
+    Decoder::load(base, device, config, |_, _| ()).unwrap()
+}
+
+fn logits(decoder: &Decoder, adapter: Option<&Adapter>) -> Vec<f32> {
+    decoder.logits(&IDS, ForwardMode::inference(adapter)).try_to_vec_as().unwrap()
+}
+
+fn weight(base: &Base, name: &str, device: &Device) -> Tensor<2> {
+    let found = base.read(&format!("{name}.weight")).unwrap();
+    Tensor::from_data(TensorData::new(found.to_f32(), found.shape.clone()), device)
+}
+
+fn square(x: Tensor<2>) -> f32 {
+    x.square().sum().into_scalar()
+}
+
+/// Biased, packed and its parts, quantized, llama.cpp's, streamed: with the start taken away it is the base, and
+/// after training what is saved computes over the base as it is what was trained.
+#[test]
+fn a_principal_start_is_the_base_and_its_standalone_form_is_the_update() {
+    let cache = TempDir::new().unwrap();
+    let bases = [
+        (open("tiny-bias"), ["q_proj", "o_proj", "down_proj"]),
+        (open("tiny-phi3"), ["k_proj", "gate_up_proj", "down_proj"]),
+        (small("tiny-gqa", Scheme::Nf4, &cache), ["q_proj", "o_proj", "down_proj"]),
+        (small("tiny-gqa", Scheme::Int8, &cache), ["k_proj", "up_proj", "down_proj"]),
+    ];
+    for (base, targets) in &bases {
+        for (name, device) in devices() {
+            for weights in [Residency::Resident, Residency::Streamed] {
+                let decoder = decoder(base, &device, weights);
+                let config = config(InitLoraWeights::Pissa(None), targets);
+                let weights = StartWeights { base, original: None };
+                let mut adapter = decoder.started_adapter(&config, weights, 5, |_, _| ()).unwrap();
+                let alone = logits(&decoder, None);
+                assert_close("a fresh adapter", &logits(&decoder, Some(&adapter)), &alone, 1e-5);
+                for pair in adapter.pairs.values_mut() {
+                    assert!(square(pair.b.clone()) > 0.0);
+                    pair.a = pair.a.clone() * 1.3;
+                    pair.b = pair.b.clone() * 1.2;
+                }
+                let trained = logits(&decoder, Some(&adapter));
+                let moved = trained.iter().zip(&alone).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+                assert!(moved > 1e-2, "{name}: {moved}");
+                let standalone = adapter.standalone();
+                assert!(standalone.pairs.values().all(|pair| pair.rank() == 6 && pair.start.is_none()));
+                assert_close("standalone", &logits(&decoder, Some(&standalone)), &trained, 1e-5);
+                let packed = adapter.onto_packed(&base.config.adapter_modules());
+                assert_close("packed", &logits(&decoder, Some(&packed)), &trained, 1e-5);
+
+                let dir = TempDir::new().unwrap();
+                adapter.save(dir.path(), "base", false).unwrap();
+                let modules = base.config.adapter_modules();
+                let mut again = Adapter::load(dir.path(), &modules, &device).unwrap().with_start().unwrap();
+                assert!(again.take_config_of(&adapter));
+                assert_eq!(again.config, adapter.config);
+                assert_eq!(logits(&decoder, Some(&again)), trained, "to the bit");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_start_is_the_best_approximation_of_the_weight_or_of_what_it_lost() {
+    let cache = TempDir::new().unwrap();
+    let original = open("tiny-phi3");
+    for (_, device) in devices() {
+        for scheme in [Scheme::Nf4, Scheme::Int8] {
+            let base = small("tiny-phi3", scheme, &cache);
+            let decoder = decoder(&base, &device, Residency::Resident);
+            let weights = StartWeights { base: &base, original: Some(&original) };
+            let start = |init| {
+                let config = config(init, &["qkv_proj", "down_proj"]);
+                decoder.started_adapter(&config, weights, 5, |_, _| ()).unwrap()
+            };
+            let principal = start(InitLoraWeights::Pissa(Some(4)));
+            assert_eq!(principal.config.loftq_config, None);
+            let loftq = start(InitLoraWeights::LoftQ);
+            let bits = LoftQConfig { loftq_bits: scheme.bits(), loftq_iter: 1 };
+            assert_eq!(loftq.config.loftq_config, Some(bits));
+            for (name, pair) in &loftq.pairs {
+                let (now, before) = (weight(&base, name, &device), weight(&original, name, &device));
+                for (pair, matrix) in [(pair, before - now.clone()), (&principal.pairs[name], now)] {
+                    let whole = square(matrix.clone());
+                    let best = low_rank_factors(&matrix, 3, 9, 1, "best").energy.into_scalar::<f32>();
+                    let update = pair.b.clone().matmul(pair.a.clone()) * pair.scale;
+                    let left = square(matrix - update);
+                    assert!((left - (whole - best)).abs() < 1e-4 * whole, "{name}: {left}, {whole} - {best}");
+                    assert!(best > 0.1 * whole);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_above_the_weights_own_are_filled_with_zeros() {
+    let base = open("tiny-gqa");
+    let decoder = decoder(&base, &devices()[0].1, Residency::Resident);
+    let config = LoraConfig { rank: 20, ..config(InitLoraWeights::Pissa(None), &["k_proj"]) };
+    let weights = StartWeights { base: &base, original: None };
+    let adapter = decoder.started_adapter(&config, weights, 5, |_, _| ()).unwrap();
+    for (name, pair) in &adapter.pairs {
+        assert_eq!((pair.a.dims(), pair.b.dims()), ([20, 32], [16, 20]));
+        let off = weight(&base, name, &devices()[0].1) - pair.b.clone().matmul(pair.a.clone()) * pair.scale;
+        assert!(square(off) < 1e-6);
+    }
+}
+
+#[test]
+fn what_was_not_quantized_has_lost_nothing() {
+    let base = open("tiny-gqa");
+    let decoder = decoder(&base, &devices()[0].1, Residency::Resident);
+    let weights = StartWeights { base: &base, original: None };
+    let config = config(InitLoraWeights::LoftQ, &["q_proj"]);
+    let error = decoder.started_adapter(&config, weights, 1, |_, _| ()).unwrap_err();
+    assert!(
+        matches!(error, ModelError::Lora(LoraError::Config { knob: "init_lora_weights", .. })),
+        "{error}"
+    );
+}
