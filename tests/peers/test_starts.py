@@ -1,11 +1,15 @@
-"""PiSSA's start is PEFT's, and what is trained from it loads in PEFT over the base as it is."""
+"""PiSSA's and LoftQ's starts are PEFT's, and what is trained from them loads in PEFT."""
 import json
 
+import pytest
 import torch
 from conftest import RECIPE
 from helpers import GOLDEN, ROOT, assert_same, load, logits_of, pronk, pronk_logits
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+PREFIX = "base_model.model."
 
 
 def train(folder, base, *settings):
@@ -37,3 +41,38 @@ def test_pissa_starts_as_pefts_and_loads_over_the_base_as_it_is(tmp_path):
     found = pronk_logits(tmp_path / "logits.safetensors", base, run / "adapter")
     assert_same(found.logits, logits_of(load(base, run / "adapter"), found.token_ids))
     assert (found.logits - logits_of(load(base), found.token_ids)).abs().max() > 1e-2
+
+
+def test_loftq_starts_as_well_as_pefts_and_loads_over_the_quantized_base(smollm2_hf, tmp_path, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    monkeypatch.setenv("PRONK_CACHE", str(tmp_path / "cache"))
+    run = train(tmp_path, smollm2_hf, "base.quantize=nf4", "lora.init_lora_weights=loftq", "lora.rank=8", "lora.alpha=8",
+                "lora.target_modules=['o_proj', 'up_proj']", "train.max_steps=2", "train.batch_size=1",
+                "train.micro_batch_size=1", "train.save_steps=2", "base.compute=f32", "run.samples=0")  # fmt: skip
+    (quantized,) = (tmp_path / "cache").iterdir()
+    model = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32, attn_implementation="eager").eval()
+    original = load(smollm2_hf)
+    start = load_file(run / "checkpoints" / "step-000000" / "adapter_model.safetensors")
+    for layer in (0, 17, 29):
+        for name in (f"model.layers.{layer}.self_attn.o_proj", f"model.layers.{layer}.mlp.up_proj"):
+            weight = model.get_submodule(name).weight
+            now = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+            lost = original.get_submodule(name).weight.data - now
+            best = _low_rank_decomposition(lost, reduced_rank=8)
+            a, b = (start[f"{PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+            ours, pefts = (lost - b @ a).norm(), (lost - best["L"] @ best["R"]).norm()
+            # alpha is the rank: PEFT's LoftQ leaves the scale out. Its directions are exact, ours are random at first.
+            assert ours < 1.001 * pefts < 0.999 * lost.norm(), f"{name}: {ours} {pefts} {lost.norm()}"
+
+    # In a model of plain linear layers: those of bitsandbytes round what they multiply with as well.
+    plain = load(smollm2_hf)
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data = weight.float()
+    plain.get_input_embeddings().weight.data = model.get_input_embeddings().weight.data.float()
+    found = pronk_logits(tmp_path / "logits.safetensors", smollm2_hf, run / "adapter")
+    assert_same(found.logits, logits_of(PeftModel.from_pretrained(plain, run / "adapter"), found.token_ids))
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["loftq_config"]["loftq_bits"] == 4
