@@ -9,6 +9,7 @@ mod stream;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -32,6 +33,8 @@ pub struct TextTokenizer {
     adds_space: bool,
     /// What [`TextTokenizer::save`] writes as `tokenizer_config.json`.
     config: Map<String, Value>,
+    /// Made when it is first asked for: the whole vocabulary goes into it.
+    fingerprint: OnceLock<String>,
 }
 
 impl fmt::Debug for TextTokenizer {
@@ -96,7 +99,7 @@ impl TextTokenizer {
         let probe = tokenizer.encode_fast("a", false).map_err(|e| error(e.to_string()))?;
         let first = probe.get_ids().first().and_then(|&id| tokenizer.id_to_token(id));
         let adds_space = first.is_some_and(|token| token.starts_with('▁'));
-        Ok(Self { tokenizer, bos, eos, adds_space, config })
+        Ok(Self { tokenizer, bos, eos, adds_space, config, fingerprint: OnceLock::new() })
     }
 
     /// The token that begins a text; `None` if the tokenizer adds none.
@@ -211,11 +214,14 @@ impl TextTokenizer {
     }
 
     /// SHA-256 (hexadecimal) of everything that decides a text's token ids.
-    pub fn fingerprint(&self) -> Result<String, DataError> {
+    pub fn fingerprint(&self) -> Result<&str, DataError> {
+        if let Some(known) = self.fingerprint.get() {
+            return Ok(known);
+        }
         let mut hasher = Sha256::new();
         files::hash_field(&mut hasher, self.to_json(false)?.as_bytes());
         files::hash_field(&mut hasher, format!("bos {:?} eos {}", self.bos, self.eos()).as_bytes());
-        Ok(files::hex(hasher))
+        Ok(self.fingerprint.get_or_init(|| files::hex(hasher)))
     }
 
     /// Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`, for transformers and the

@@ -4,7 +4,6 @@
 // Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
 #![allow(clippy::inline_always)]
 
-mod bf16_tiles;
 #[cfg(feature = "cube")]
 mod cube;
 mod dense;
@@ -15,7 +14,9 @@ mod matrix;
 mod nf4;
 mod nf4_quantize;
 mod operation;
+mod output;
 mod product;
+mod product_bf16;
 mod weight;
 pub(crate) mod wide;
 

@@ -13,6 +13,7 @@
 
 mod adamw;
 mod attention;
+mod bf16;
 mod blockwise;
 mod cross_entropy;
 mod device;

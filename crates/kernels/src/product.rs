@@ -1,5 +1,13 @@
 //! Matrix products of one thread, on slices.
 
+use std::cell::RefCell;
+use std::ops::Range;
+
+use crate::bf16::{
+    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, left_strip, paired_rows, turned_rows,
+};
+use crate::frozen::Precision;
+
 /// A matrix of numbers that lie `strides` apart, between rows and between columns.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a> {
@@ -28,6 +36,11 @@ impl<'a> Matrix<'a> {
         self.shape
     }
 
+    /// The numbers of row `i`, where they lie side by side.
+    fn row(self, i: usize) -> &'a [f32] {
+        &self.values[i * self.strides[0]..][..self.shape[1]]
+    }
+
     /// The same numbers, rows for columns.
     #[must_use]
     pub fn transposed(self) -> Self {
@@ -36,27 +49,69 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// `c = a b`, or `c += a b`; rows of `c` lie one after another.
+/// Rows of numbers to write to, `stride` from one to the next.
+pub struct MatrixMut<'a> {
+    values: &'a mut [f32],
+    shape: [usize; 2],
+    stride: usize,
+}
+
+impl<'a> MatrixMut<'a> {
+    /// Rows of `cols` numbers each.
+    ///
+    /// # Panics
+    /// Where `values` end before the last row does.
+    pub fn new(values: &'a mut [f32], [rows, cols]: [usize; 2], stride: usize) -> Self {
+        assert!(rows == 0 || values.len() >= (rows - 1) * stride + cols, "a matrix ends too early");
+        Self { values, shape: [rows, cols], stride }
+    }
+
+    /// Rows one after another.
+    pub fn rows(values: &'a mut [f32], cols: usize) -> Self {
+        let rows = values.len() / cols;
+        Self::new(values, [rows, cols], cols)
+    }
+}
+
+/// `c = a b`, or `c += a b`, the factors rounded to bf16 where `precision` says so and the processor can. Sums
+/// are float32 either way.
 ///
 /// # Panics
 /// Where the shapes do not fit.
-pub fn multiply(a: Matrix, b: Matrix, c: &mut [f32], add: bool) {
+pub fn multiply(a: Matrix, b: Matrix, c: MatrixMut, add: bool, precision: Precision) {
+    match (precision, Bf16Unit::detect()) {
+        (Precision::Bf16, Some(unit)) => multiply_bf16(unit, a, b, c, add),
+        _ => multiply_f32(a, b, c, add),
+    }
+}
+
+/// The shape `[m, n, k]` of `c = a b`.
+fn shape(a: Matrix, b: Matrix, c: &MatrixMut) -> [usize; 3] {
     let ([m, k], [n_rows, n]) = (a.shape, b.shape);
-    assert!(k == n_rows && c.len() == m * n, "shapes of a product");
+    assert!(k == n_rows && c.shape == [m, n], "shapes of a product");
+    [m, n, k]
+}
+
+/// `c = a b`, or `c += a b`.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn multiply_f32(a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
+    let [m, n, k] = shape(a, b, &c);
     let [a_row, a_col] = a.strides.map(|stride| stride as isize);
     let [b_row, b_col] = b.strides.map(|stride| stride as isize);
     let keep = if add { 1.0 } else { 0.0 };
-    // SAFETY: a and b hold what their shapes and strides reach, as `Matrix::new` has checked, and c
-    // its [m, n] by the assertion.
+    // SAFETY: a, b and c hold what their shapes and strides reach, as their constructors have checked, and the
+    // shapes fit.
     #[allow(unsafe_code)]
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            c.as_mut_ptr(),
+            c.values.as_mut_ptr(),
             1,
-            n as isize,
+            c.stride as isize,
             add,
             a.values.as_ptr(),
             a_col,
@@ -71,5 +126,109 @@ pub fn multiply(a: Matrix, b: Matrix, c: &mut [f32], add: bool) {
             false,
             gemm::Parallelism::None,
         );
+    }
+}
+
+/// Both factors are packed whole: they are to fit into a core's cache.
+fn multiply_bf16(unit: Bf16Unit, a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
+    let [m, n, k] = shape(a, b, &c);
+    let MatrixMut { values, stride, .. } = c;
+    let multiplier = Multiplier::new(unit);
+    Packs::with(|packs| {
+        let depth = k.next_multiple_of(DEPTH);
+        packs.fill_left(&multiplier, a, depth);
+        packs.fill_right(&multiplier, b, depth);
+        let strip = SIDE * depth;
+        for side in 0..n.div_ceil(BLOCK) {
+            for block in 0..m.div_ceil(BLOCK) {
+                let left = [2 * block, 2 * block + 1].map(|i| &packs.left[i * strip..(i + 1) * strip]);
+                let right = [2 * side, 2 * side + 1].map(|i| &packs.right[i * strip..(i + 1) * strip]);
+                let strips = Strips { left, right };
+                let (row, col) = (block * BLOCK, side * BLOCK);
+                let (rows, cols) = (BLOCK.min(m - row), BLOCK.min(n - col));
+                let sums = &mut values[row * stride + col..];
+                if rows == BLOCK && cols == BLOCK {
+                    multiplier.multiply_block(strips, !add, sums, stride);
+                } else {
+                    let mut edge = [0.0; BLOCK * BLOCK];
+                    multiplier.multiply_block(strips, true, &mut edge, BLOCK);
+                    for (sums, edge) in sums.chunks_mut(stride).zip(edge.chunks_exact(BLOCK)).take(rows) {
+                        for (sum, x) in sums.iter_mut().zip(&edge[..cols]) {
+                            *sum = if add { *sum + x } else { *x };
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Memory that both factors of a product are packed in, kept by each thread.
+#[derive(Default)]
+struct Packs {
+    left: Vec<u16>,
+    right: Vec<u16>,
+    rows: Vec<u16>,
+    numbers: Vec<f32>,
+}
+
+impl Packs {
+    fn with<R>(product: impl FnOnce(&mut Self) -> R) -> R {
+        thread_local! {
+            static PACKS: RefCell<Packs> = RefCell::default();
+        }
+        PACKS.with_borrow_mut(product)
+    }
+
+    fn fill_left(&mut self, multiplier: &Multiplier, a: Matrix, depth: usize) {
+        let [m, k] = a.shape;
+        self.left.resize(m.next_multiple_of(BLOCK) * depth, 0);
+        let rows = if a.strides[1] == 1 {
+            a
+        } else {
+            // The tiles want whole rows.
+            self.numbers.resize(m * k, 0.0);
+            for (i, row) in self.numbers.chunks_exact_mut(k).enumerate() {
+                let column = a.values[i * a.strides[0]..].iter().step_by(a.strides[1]);
+                row.iter_mut().zip(column).for_each(|(x, y)| *x = *y);
+            }
+            Matrix::rows(&self.numbers, k)
+        };
+        for (strip, tiles) in self.left.chunks_exact_mut(SIDE * depth).enumerate() {
+            let first = strip * SIDE;
+            left_strip(multiplier, (first..m.min(first + SIDE)).map(|row| rows.row(row)), tiles);
+        }
+    }
+
+    fn fill_right(&mut self, multiplier: &Multiplier, b: Matrix, depth: usize) {
+        let width = b.shape[1].next_multiple_of(BLOCK);
+        self.right.resize(width * depth, 0);
+        let Self { right, rows, .. } = self;
+        if b.strides[1] == 1 {
+            rows.resize(2 * width, 0);
+            paired_rows(&b, multiplier, 0, 0..depth, &mut [], rows, right);
+        } else {
+            rows.resize(SIDE * depth, 0);
+            turned_rows(&b.transposed(), multiplier, 0, 0..depth, &mut [], rows, right);
+        }
+    }
+}
+
+impl RoundedRows for Matrix<'_> {
+    fn rounded(
+        &self,
+        multiplier: &Multiplier,
+        row: usize,
+        cols: Range<usize>,
+        _: &mut [f32],
+        out: &mut [u16],
+    ) {
+        let [rows, width] = self.shape;
+        let end = if row < rows { cols.end.min(width) } else { cols.start };
+        let (here, beyond) = out.split_at_mut(end - cols.start);
+        beyond.fill(0);
+        if !here.is_empty() {
+            multiplier.round(&self.row(row)[cols.start..end], here);
+        }
     }
 }

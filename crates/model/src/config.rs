@@ -4,7 +4,7 @@ mod json;
 mod keys;
 mod window;
 
-use pronk_kernels::{RopeScaling, Scoring};
+use pronk_kernels::{Precision, RopeScaling, Scoring};
 use pronk_lora::{ModuleShape, PartOf};
 use serde_json::Value;
 
@@ -121,6 +121,7 @@ impl DecoderConfig {
             scale: scale as f32,
             soft_cap: self.attn_logit_softcapping.map(|cap| cap as f32),
             window: self.window(layer),
+            precision: Precision::F32,
         }
     }
 

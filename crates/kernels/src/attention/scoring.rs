@@ -1,5 +1,5 @@
 use crate::exp::tanh;
-use crate::frozen::wide::widest;
+use crate::frozen::{Precision, wide::widest};
 
 /// What a query and a key make a score of, and which keys a query has scores with.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -10,12 +10,19 @@ pub struct Scoring {
     pub soft_cap: Option<f32>,
     /// How many keys a query sees at most, its own token's and those before it (Mistral).
     pub window: Option<usize>,
+    /// What factors of the products are rounded to.
+    pub precision: Precision,
 }
 
 impl Scoring {
-    /// `q k^T / sqrt(head_dim)`, of all keys so far.
+    /// `q k^T / sqrt(head_dim)`, of all keys so far, in float32.
     pub fn of_heads(head_dim: usize) -> Self {
-        Self { scale: (head_dim as f32).sqrt().recip(), soft_cap: None, window: None }
+        Self {
+            scale: (head_dim as f32).sqrt().recip(),
+            soft_cap: None,
+            window: None,
+            precision: Precision::F32,
+        }
     }
 
     /// The first key that is seen where `keys` are there so far.

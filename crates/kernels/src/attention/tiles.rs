@@ -2,25 +2,28 @@
 //! <https://arxiv.org/abs/2205.14135>): scores exist for one tile only, and the backward pass
 //! computes them again from the logarithm of each query's sum of exponentials.
 //!
-//! A task is one key head in one span. Its query heads are stacked into taller products. A tile
+//! A task is one key head and some queries of one span. Its query heads are stacked into taller products. A tile
 //! sees all its keys at once, so that nothing is ever rescaled; keys in the future of all its
 //! queries, or before the window of all of them, are not looked at.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Span;
-use super::heads::{Part, Shared, fetch};
+use super::heads::{Own, Part, Shared, fetch};
 use super::scoring::{Scoring, cap};
 use crate::frozen::wide::widest;
-use crate::product::{Matrix, multiply};
+use crate::product::{Matrix, MatrixMut, multiply};
 use crate::rewritten::Rewritten;
 use crate::softmax::{exponentials, exponentials_below, pull_back};
 
 /// Rows of a tile, its queries times the query heads that share a key head: enough to keep a
 /// product busy, few enough that its scores stay in a core's cache.
 const ROWS: usize = 96;
+/// Queries of a task. A long record has more of them than one, for all cores to have work where heads are few.
+const QUERIES: usize = 512;
 
 /// How many heads there are, and how wide one is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,30 +53,12 @@ pub fn forward(
     let mut log_sums = vec![0.0; q.len() / dim];
     let q = Shared::new(q);
     let all_log_sums = Shared::new(Rewritten::in_place(&mut log_sums));
-    tasks(spans, widths, scoring).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
-        // SAFETY: tasks have other spans, disjoint in queries, or other heads.
+    let tasks: Vec<_> = heads(spans, widths, scoring).flat_map(|task| task.split()).collect();
+    tasks.into_par_iter().for_each(|task| {
+        // SAFETY: tasks have other queries or other heads.
         #[allow(unsafe_code)]
-        let (mut q, mut log_sums) =
-            unsafe { (q.part(task.queries(dim)), all_log_sums.part(task.queries(1))) };
-        let Scratch { q: tile_q, scores, caps, products, sums, log_sums: tops, .. } = scratch;
-        for tile in task.tiles() {
-            q.fetch(tile.queries.clone(), tile_q);
-            task.score(tile_q, task.keys(k, &tile), scores, caps);
-            sums.clear();
-            let rows = task.rows(&tile, scores);
-            widest(|| sums.extend(rows.map(|(row, sees)| exponentials(row, sees))));
-            let products = resized(products, tile_q.len());
-            multiply(Matrix::rows(scores, tile.keys.len()), task.keys(v, &tile), products, false);
-            for (row, (_, sum)) in products.chunks_exact_mut(dim).zip(&*sums) {
-                for x in row {
-                    *x /= sum;
-                }
-            }
-            q.store(tile.queries.clone(), products);
-            tops.clear();
-            tops.extend(sums.iter().map(|(top, sum)| top + sum.ln()));
-            log_sums.store(tile.queries, tops);
-        }
+        let (q, log_sums) = unsafe { (q.part(task.queries(dim)), all_log_sums.part(task.queries(1))) };
+        Scratch::with(|scratch| task.attend(q, [k, v], log_sums, scratch));
     });
     log_sums
 }
@@ -97,55 +82,45 @@ pub fn backward(
 ) {
     let dim = widths.dim;
     let [q, k, v] = numbers.map(Shared::new);
-    tasks(spans, widths, scoring).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
-        // SAFETY: tasks have other spans, disjoint in queries and in keys, or other heads.
+    heads(spans, widths, scoring).collect::<Vec<_>>().into_par_iter().for_each(|head| {
+        // SAFETY: these are other heads, or spans that are disjoint in keys.
         #[allow(unsafe_code)]
-        let (mut q, mut k, mut v) =
-            unsafe { (q.part(task.queries(dim)), k.part(task.all_keys()), v.part(task.all_keys())) };
-        let Scratch { q: tile_q, k: keys, v: values, dk, dv, dy: tile_dy, log_sums: tops, .. } = scratch;
-        let Scratch { scores, caps, slopes, products, .. } = scratch;
-        k.fetch(task.span.keys.clone(), keys);
-        v.fetch(task.span.keys.clone(), values);
-        for gradient in [&mut *dk, &mut *dv] {
-            gradient.clear();
-            gradient.resize(keys.len(), 0.0);
+        let (mut k, mut v) = unsafe { (k.part(head.all_keys()), v.part(head.all_keys())) };
+        let [keys, values] = [&k, &v].map(|own| {
+            let mut numbers = Vec::new();
+            own.fetch(head.span.keys.clone(), &mut numbers);
+            numbers
+        });
+        let tasks: Vec<_> = head.split().collect();
+        let parts = tasks.into_par_iter().map(|task| {
+            // SAFETY: tasks have other queries.
+            #[allow(unsafe_code)]
+            let q = unsafe { q.part(task.queries(dim)) };
+            Scratch::with(|scratch| task.pull_back(q, [&keys, &values], log_sums, dy, scratch))
+        });
+        // Collected first: whichever task ends first, they are summed in their order.
+        for (own, gradients) in [&mut k, &mut v].into_iter().zip(totals(parts.collect(), keys.len())) {
+            own.store(head.span.keys.clone(), &gradients);
         }
-        for tile in task.tiles() {
-            let seen = tile.keys.start * dim..tile.keys.end * dim;
-            q.fetch(tile.queries.clone(), tile_q);
-            fetch(dy, &task.queries(dim).at(tile.queries.clone()), tile_dy);
-            fetch(log_sums, &task.queries(1).at(tile.queries.clone()), tops);
-            let [keys, values] = [&keys, &values].map(|all| Matrix::rows(&all[seen.clone()], dim));
-
-            let dy = Matrix::rows(tile_dy, dim);
-            task.score(tile_q, keys, scores, caps);
-            let rows = task.rows(&tile, scores).zip(&*tops);
-            widest(|| rows.for_each(|((row, sees), top)| _ = exponentials_below(row, sees, *top)));
-            let width = tile.keys.len();
-            multiply(Matrix::rows(scores, width).transposed(), dy, &mut dv[seen.clone()], true);
-            let slopes = resized(slopes, scores.len());
-            multiply(dy, values.transposed(), slopes, false);
-            let rows = scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width));
-            widest(|| rows.for_each(|(weights, slopes)| pull_back(weights, slopes)));
-            for (slope, cap) in slopes.iter_mut().zip(&*caps) {
-                *slope *= cap;
-            }
-            let slopes = Matrix::rows(slopes, width);
-            multiply(slopes.transposed(), Matrix::rows(tile_q, dim), &mut dk[seen], true);
-            let products = resized(products, tile_q.len());
-            multiply(slopes, keys, products, false);
-            scale(products, scoring.scale);
-            q.store(tile.queries, products);
-        }
-        k.store(task.span.keys.clone(), dk);
-        v.store(task.span.keys.clone(), dv);
     });
 }
 
-/// The work of one task.
-#[derive(Clone)]
+/// The sums of gradients at keys and values, each part of which ends with the last key that its queries see.
+fn totals(parts: Vec<[Vec<f32>; 2]>, length: usize) -> [Vec<f32>; 2] {
+    let mut totals = [vec![0.0; length], vec![0.0; length]];
+    for part in parts {
+        for (total, part) in totals.iter_mut().zip(part) {
+            total.iter_mut().zip(part).for_each(|(total, x)| *total += x);
+        }
+    }
+    totals
+}
+
+/// Queries of a span that look at one key head.
 struct Task<'a> {
     span: &'a Span,
+    /// Of the span's.
+    queries: Range<usize>,
     kv_head: usize,
     widths: Widths,
     scoring: Scoring,
@@ -161,12 +136,103 @@ struct Tile {
     keys: Range<usize>,
 }
 
-fn tasks(spans: &[Span], widths: Widths, scoring: Scoring) -> Vec<Task<'_>> {
-    let heads = |span| (0..widths.kv_heads).map(move |kv_head| Task { span, kv_head, widths, scoring });
-    spans.iter().flat_map(heads).collect()
+/// All queries of each span, for each of its key heads.
+fn heads(spans: &[Span], widths: Widths, scoring: Scoring) -> impl Iterator<Item = Task<'_>> {
+    spans.iter().flat_map(move |span| {
+        let queries = span.queries.clone();
+        let task = move |kv_head| Task { span, queries: queries.clone(), kv_head, widths, scoring };
+        (0..widths.kv_heads).map(task)
+    })
 }
 
-impl Task<'_> {
+impl<'a> Task<'a> {
+    /// The same in tasks of fewer queries.
+    fn split(&self) -> impl Iterator<Item = Task<'a>> + use<'a> {
+        let Task { span, ref queries, kv_head, widths, scoring } = *self;
+        let queries = queries.clone();
+        queries.clone().step_by(QUERIES).map(move |start| {
+            let queries = start..queries.end.min(start + QUERIES);
+            Task { span, queries, kv_head, widths, scoring }
+        })
+    }
+
+    /// `softmax(scores) v` in place of `q`, and the logarithm of each query's sum of exponentials.
+    fn attend(&self, mut q: Own, [k, v]: [&[f32]; 2], mut log_sums: Own, scratch: &mut Scratch) {
+        let (dim, precision) = (self.widths.dim, self.scoring.precision);
+        let Scratch { q: tile_q, scores, caps, products, sums, log_sums: tops, .. } = scratch;
+        for tile in self.tiles() {
+            q.fetch(tile.queries.clone(), tile_q);
+            self.score(tile_q, self.keys(k, &tile), scores, caps);
+            sums.clear();
+            let rows = self.rows(&tile, scores);
+            widest(|| sums.extend(rows.map(|(row, sees)| exponentials(row, sees))));
+            let products = resized(products, tile_q.len());
+            let weights = Matrix::rows(scores, tile.keys.len());
+            multiply(weights, self.keys(v, &tile), MatrixMut::rows(products, dim), false, precision);
+            for (row, (_, sum)) in products.chunks_exact_mut(dim).zip(&*sums) {
+                for x in row {
+                    *x /= sum;
+                }
+            }
+            q.store(tile.queries.clone(), products);
+            tops.clear();
+            tops.extend(sums.iter().map(|(top, sum)| top + sum.ln()));
+            log_sums.store(tile.queries, tops);
+        }
+    }
+
+    /// The gradient at `q` in its place. Returns those at the span's `keys` and `values`, to the last that is seen.
+    fn pull_back(
+        &self,
+        mut q: Own,
+        [keys, values]: [&[f32]; 2],
+        log_sums: &[f32],
+        dy: &[f32],
+        scratch: &mut Scratch,
+    ) -> [Vec<f32>; 2] {
+        let (dim, Scoring { precision, scale: by, .. }) = (self.widths.dim, self.scoring);
+        let Scratch {
+            q: tile_q, dk, dv, dy: tile_dy, log_sums: tops, scores, caps, slopes, products, ..
+        } = scratch;
+        let all = self.tiles().last().map_or(0, |tile| tile.keys.end);
+        // Both `[dim, keys]`: then the larger factors of all products lie in whole rows.
+        for gradient in [&mut *dk, &mut *dv] {
+            gradient.clear();
+            gradient.resize(all * dim, 0.0);
+        }
+        for tile in self.tiles() {
+            let seen = tile.keys.start * dim..tile.keys.end * dim;
+            q.fetch(tile.queries.clone(), tile_q);
+            fetch(dy, &self.queries(dim).at(tile.queries.clone()), tile_dy);
+            fetch(log_sums, &self.queries(1).at(tile.queries.clone()), tops);
+            let [keys, values] = [keys, values].map(|all| Matrix::rows(&all[seen.clone()], dim));
+
+            let dy = Matrix::rows(tile_dy, dim);
+            self.score(tile_q, keys, scores, caps);
+            let rows = self.rows(&tile, scores).zip(&*tops);
+            widest(|| rows.for_each(|((row, sees), top)| _ = exponentials_below(row, sees, *top)));
+            let width = tile.keys.len();
+            let of_tile = |gradient| MatrixMut::new(gradient, [dim, width], all);
+            let dv = of_tile(&mut dv[tile.keys.start..]);
+            multiply(dy.transposed(), Matrix::rows(scores, width), dv, true, precision);
+            let slopes = resized(slopes, scores.len());
+            multiply(dy, values.transposed(), MatrixMut::rows(slopes, width), false, precision);
+            let rows = scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width));
+            widest(|| rows.for_each(|(weights, slopes)| pull_back(weights, slopes)));
+            for (slope, cap) in slopes.iter_mut().zip(&*caps) {
+                *slope *= cap;
+            }
+            let slopes = Matrix::rows(slopes, width);
+            let dk = of_tile(&mut dk[tile.keys.start..]);
+            multiply(Matrix::rows(tile_q, dim).transposed(), slopes, dk, true, precision);
+            let products = resized(products, tile_q.len());
+            multiply(slopes, keys, MatrixMut::rows(products, dim), false, precision);
+            scale(products, by);
+            q.store(tile.queries, products);
+        }
+        [dk, dv].map(|gradient| turned(gradient, all))
+    }
+
     /// Query heads that share the key head.
     fn group(&self) -> usize {
         self.widths.heads / self.widths.kv_heads
@@ -175,7 +241,7 @@ impl Task<'_> {
     /// The task's queries, or what there are `dim` numbers of for each of their heads.
     fn queries(&self, dim: usize) -> Part {
         let heads = self.kv_head * self.group()..(self.kv_head + 1) * self.group();
-        Part { tokens: self.span.queries.clone(), heads, of: self.widths.heads, dim }
+        Part { tokens: self.queries.clone(), heads, of: self.widths.heads, dim }
     }
 
     /// The task's keys, or their values.
@@ -193,15 +259,15 @@ impl Task<'_> {
     }
 
     fn tiles(&self) -> impl Iterator<Item = Tile> + use<> {
-        let Span { queries, keys } = self.span.clone();
+        let (Span { queries: all, keys }, queries) = (self.span.clone(), self.queries.clone());
         let (tokens, scoring) = ((ROWS / self.group()).max(1), self.scoring);
         // The last key belongs to the last query.
-        let before = keys.len() - queries.len();
-        (0..queries.len()).step_by(tokens).map(move |start| {
-            let end = queries.len().min(start + tokens);
-            let rows = queries.start + start..queries.start + end;
-            let so_far = before + start + 1;
-            Tile { queries: rows, so_far, keys: scoring.first(so_far)..before + end }
+        let before = keys.len() - all.len();
+        let keys_so_far = move |query: usize| before + query - all.start;
+        queries.clone().step_by(tokens).map(move |start| {
+            let end = queries.end.min(start + tokens);
+            let so_far = keys_so_far(start) + 1;
+            Tile { queries: start..end, so_far, keys: scoring.first(so_far)..keys_so_far(end) }
         })
     }
 
@@ -220,14 +286,16 @@ impl Task<'_> {
     }
 
     /// `scores = q k^T * scale`, capped where they are to be; then `caps` are the slopes of the cap,
-    /// otherwise they stay empty. Scales `q`.
+    /// otherwise there are none. Scales `q`.
     fn score(&self, q: &mut [f32], keys: Matrix, scores: &mut Vec<f32>, caps: &mut Vec<f32>) {
         let [tokens, dim] = keys.shape();
         scale(q, self.scoring.scale);
         let rows = q.len() / dim;
-        multiply(Matrix::rows(q, dim), keys.transposed(), resized(scores, rows * tokens), false);
-        if let Some(soft_cap) = self.scoring.soft_cap {
-            cap(scores, soft_cap, caps);
+        let out = MatrixMut::rows(resized(scores, rows * tokens), tokens);
+        multiply(Matrix::rows(q, dim), keys.transposed(), out, false, self.scoring.precision);
+        match self.scoring.soft_cap {
+            Some(soft_cap) => cap(scores, soft_cap, caps),
+            None => caps.clear(),
         }
     }
 }
@@ -236,6 +304,15 @@ fn scale(values: &mut [f32], scale: f32) {
     for x in values {
         *x *= scale;
     }
+}
+
+/// Rows of `width` numbers become columns.
+fn turned(rows: &[f32], width: usize) -> Vec<f32> {
+    let (height, mut columns) = (rows.len() / width, vec![0.0; rows.len()]);
+    for (i, row) in rows.chunks_exact(width).enumerate() {
+        columns[i..].iter_mut().step_by(height).zip(row).for_each(|(out, x)| *out = *x);
+    }
+    columns
 }
 
 /// `length` numbers to be overwritten.
@@ -248,8 +325,6 @@ fn resized(values: &mut Vec<f32>, length: usize) -> &mut [f32] {
 #[derive(Default)]
 struct Scratch {
     q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
     dy: Vec<f32>,
@@ -259,4 +334,13 @@ struct Scratch {
     caps: Vec<f32>,
     slopes: Vec<f32>,
     products: Vec<f32>,
+}
+
+impl Scratch {
+    fn with<R>(task: impl FnOnce(&mut Self) -> R) -> R {
+        thread_local! {
+            static SCRATCH: RefCell<Scratch> = RefCell::default();
+        }
+        SCRATCH.with_borrow_mut(task)
+    }
 }

@@ -4,9 +4,9 @@ use burn::tensor::TensorData;
 use bytes::Bytes;
 use rayon::prelude::*;
 
-use super::bf16_tiles::round;
 use super::nf4::{Nf4Parts, Nf4Scales};
 use super::{Format, FrozenError, dense, ggml, int8};
+use crate::bf16::round;
 
 /// A frozen matrix `[rows, cols]` in host memory, mapped or owned, in the format it is kept in.
 /// Row-major, blocks along the columns. A clone shares the memory.

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::product::{Matrix, multiply};
+use crate::product::{Matrix, MatrixMut, multiply_f32};
 use crate::rewritten::Rewritten;
 
 /// Tokens of one task.
@@ -40,11 +40,21 @@ impl Pair<'_> {
         let mut low = vec![0.0; x.len() / inputs * self.rank];
         let tasks = x.par_chunks(TOKENS * inputs).zip(low.par_chunks_mut(TOKENS * self.rank));
         y.pieces(TOKENS * outputs).zip(tasks).for_each(|(y, (x, low))| {
-            multiply(Matrix::rows(x, inputs), self.a().transposed(), low, false);
+            multiply_f32(
+                Matrix::rows(x, inputs),
+                self.a().transposed(),
+                MatrixMut::rows(low, self.rank),
+                false,
+            );
             for x in &mut *low {
                 *x *= self.scale;
             }
-            multiply(Matrix::rows(low, self.rank), self.b().transposed(), y, true);
+            multiply_f32(
+                Matrix::rows(low, self.rank),
+                self.b().transposed(),
+                MatrixMut::rows(y, outputs),
+                true,
+            );
         });
         low
     }
@@ -55,7 +65,7 @@ impl Pair<'_> {
         let mut dlow = vec![0.0; numbers];
         let tasks = dlow.par_chunks_mut(TOKENS * self.rank).zip(dy.par_chunks(TOKENS * outputs));
         tasks.for_each(|(dlow, dy)| {
-            multiply(Matrix::rows(dy, outputs), self.b(), dlow, false);
+            multiply_f32(Matrix::rows(dy, outputs), self.b(), MatrixMut::rows(dlow, self.rank), false);
             for x in dlow {
                 *x *= self.scale;
             }
@@ -67,7 +77,9 @@ impl Pair<'_> {
     pub fn at_x(&self, dlow: &[f32], dx: &mut [f32]) {
         let [_, inputs] = self.a().shape();
         let tasks = dx.par_chunks_mut(TOKENS * inputs).zip(dlow.par_chunks(TOKENS * self.rank));
-        tasks.for_each(|(dx, dlow)| multiply(Matrix::rows(dlow, self.rank), self.a(), dx, false));
+        tasks.for_each(|(dx, dlow)| {
+            multiply_f32(Matrix::rows(dlow, self.rank), self.a(), MatrixMut::rows(dx, inputs), false)
+        });
     }
 
     /// `dlow^T x`: the gradient at A.
@@ -77,7 +89,7 @@ impl Pair<'_> {
             let width = COLUMNS.min(inputs - start);
             let mut piece = vec![0.0; rank * width];
             let x = Matrix::new(&x[start..], [tokens, width], inputs);
-            multiply(Matrix::rows(dlow, rank).transposed(), x, &mut piece, false);
+            multiply_f32(Matrix::rows(dlow, rank).transposed(), x, MatrixMut::rows(&mut piece, width), false);
             piece
         };
         let pieces: Vec<_> = (0..inputs).into_par_iter().step_by(COLUMNS).map(columns).collect();
@@ -94,7 +106,7 @@ impl Pair<'_> {
         let ([outputs, rank], tokens) = (self.b().shape(), low.len() / self.rank);
         db.par_chunks_mut(COLUMNS * rank).enumerate().for_each(|(i, db)| {
             let dy = Matrix::new(&dy[i * COLUMNS..], [tokens, db.len() / rank], outputs);
-            multiply(dy.transposed(), Matrix::rows(low, rank), db, false);
+            multiply_f32(dy.transposed(), Matrix::rows(low, rank), MatrixMut::rows(db, rank), false);
         });
     }
 }

@@ -1,5 +1,5 @@
 use burn::tensor::Tensor;
-use pronk_kernels::{Scoring, Span, Tracked, attention, pull_back};
+use pronk_kernels::{Precision, Scoring, Span, Tracked, attention, pull_back};
 
 use crate::reference::{Input, assert_close, check, devices, dot, host, numbers};
 
@@ -14,7 +14,7 @@ struct Heads {
 /// One query, head and key at a time.
 fn reference([q, k, v]: [&[f64]; 3], heads: Heads, spans: &[Span], scoring: Scoring) -> Vec<f64> {
     let Heads { q: n_heads, kv, dim } = heads;
-    let Scoring { scale, soft_cap, window } = scoring;
+    let Scoring { scale, soft_cap, window, .. } = scoring;
     let capped = |score: f64| soft_cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh());
     let row = |token: usize, head: usize, of: usize| (token * of + head) * dim..(token * of + head + 1) * dim;
     let mut out = Vec::new();
@@ -149,7 +149,7 @@ fn scores_of_every_kind() {
     for soft_cap in [None, Some(1.5)] {
         for window in [None, Some(2), Some(4), Some(100)] {
             for scale in [0.25, 1.0] {
-                let scoring = Scoring { scale, soft_cap, window };
+                let scoring = Scoring { scale, soft_cap, window, ..Scoring::of_heads(1) };
                 check_scoring(&format!("attention, {scoring:?}"), heads, &spans, scoring);
                 check_scoring(&format!("attention, cache, {scoring:?}"), heads, &cache, scoring);
             }
@@ -174,7 +174,7 @@ fn windows_and_caps_over_several_tiles() {
     let cache = [Span { queries: 0..130, keys: 0..201 }];
     let heads = Heads { q: 4, kv: 2, dim: 16 };
     for (soft_cap, window) in [(None, Some(7)), (None, Some(100)), (Some(2.0), Some(60)), (Some(2.0), None)] {
-        let scoring = Scoring { scale: 0.3, soft_cap, window };
+        let scoring = Scoring { scale: 0.3, soft_cap, window, ..Scoring::of_heads(1) };
         check_large_spans(&format!("attention, 300 tokens, {scoring:?}"), heads, &spans, scoring);
         check_large_spans(&format!("attention, 130 new tokens, {scoring:?}"), heads, &cache, scoring);
     }
@@ -186,4 +186,34 @@ fn spans_may_leave_rows_out_and_share_them() {
     check_spans("attention, a gap", heads, &[0..3, 4..6].map(Span::document));
     let prompt = [Span { queries: 0..2, keys: 0..5 }, Span { queries: 2..4, keys: 0..6 }];
     check_spans("attention, shared keys", heads, &prompt);
+}
+
+/// In bf16, factors are rounded to some 1/256 of themselves; whatever is summed stays float32.
+#[test]
+fn rounded_products_stay_near() {
+    let spans = [0..700, 700..701, 701..740].map(Span::document);
+    let cache = [Span { queries: 0..130, keys: 0..201 }];
+    for (q, kv, dim) in [(3, 1, 64), (2, 2, 20)] {
+        for (spans, window) in [(&spans[..], None), (&spans[..], Some(100)), (&cache[..], None)] {
+            let exact = Scoring { window, ..Scoring::of_heads(dim) };
+            let rounded = Scoring { precision: Precision::Bf16, ..exact };
+            let inputs = inputs(Heads { q, kv, dim }, spans);
+            for (name, device) in devices() {
+                let [expected, found] = [exact, rounded].map(|scoring| {
+                    let leaves = inputs.each_ref().map(|input| input.on(&device).tracked());
+                    let y = attention(leaves[0].clone(), &leaves[1], &leaves[2], spans, scoring);
+                    let weights =
+                        Input { values: numbers(y.shape().num_elements(), 99), shape: y.dims() }.on(&device);
+                    let gradients = pull_back(&y, weights);
+                    let gradients = leaves.map(|leaf| host(&leaf.grad(&gradients).unwrap()));
+                    [host(&y)].into_iter().chain(gradients).collect::<Vec<_>>()
+                });
+                for (expected, found) in expected.iter().zip(&found) {
+                    let error: Vec<f64> = expected.iter().zip(found).map(|(x, y)| x - y).collect();
+                    let far = (dot(&error, &error) / dot(expected, expected)).sqrt();
+                    assert!(far < 0.02, "{name}, {q} heads of {dim}, window {window:?}: {far}");
+                }
+            }
+        }
+    }
 }

@@ -117,7 +117,7 @@ fn attentions() {
     let documents = [0..3, 3..4, 4..150].map(Span::document).to_vec();
     let cache = vec![Span { queries: 0..45, keys: 0..70 }];
     let plain_scores = Scoring::of_heads(dim);
-    let all_at_once = Scoring { scale: 0.4, soft_cap: Some(2.0), window: Some(33) };
+    let all_at_once = Scoring { scale: 0.4, soft_cap: Some(2.0), window: Some(33), ..Scoring::of_heads(1) };
     for (spans, scoring) in [documents, cache]
         .into_iter()
         .flat_map(|s| [plain_scores, all_at_once].map(|scoring| (s.clone(), scoring)))

@@ -10,17 +10,17 @@
 use std::sync::OnceLock;
 
 /// Rows of a left tile, columns of a right one.
-pub(super) const SIDE: usize = 16;
+pub(crate) const SIDE: usize = 16;
 /// Numbers that a tile sums over.
-pub(super) const DEPTH: usize = 32;
+pub(crate) const DEPTH: usize = 32;
 /// Numbers in a tile.
-pub(super) const TILE: usize = SIDE * DEPTH;
+pub(crate) const TILE: usize = SIDE * DEPTH;
 /// Rows and columns of what [`Multiplier::multiply_block`] computes.
-pub(super) const BLOCK: usize = 2 * SIDE;
+pub(crate) const BLOCK: usize = 2 * SIDE;
 
 /// What multiplies bf16 on this processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Bf16Unit {
+pub(crate) enum Bf16Unit {
     /// Intel's tile unit, from Sapphire Rapids on.
     Amx,
     /// `vdpbf16ps`: Cooper Lake and Sapphire Rapids, AMD from Zen 4 on.
@@ -29,7 +29,7 @@ pub(super) enum Bf16Unit {
 
 impl Bf16Unit {
     /// The best unit there is, if any. Asked of the processor once.
-    pub(super) fn detect() -> Option<Self> {
+    pub(crate) fn detect() -> Option<Self> {
         static FOUND: OnceLock<Option<Bf16Unit>> = OnceLock::new();
         *FOUND.get_or_init(detect)
     }
@@ -53,7 +53,7 @@ fn detect() -> Option<Bf16Unit> {
 
 /// Strips of tiles that lie one behind another, for one [`Multiplier::multiply_block`].
 #[derive(Clone, Copy)]
-pub(super) struct Strips<'a> {
+pub(crate) struct Strips<'a> {
     /// Rows 0 to 15 and 16 to 31 of the left side.
     pub left: [&'a [u16]; 2],
     /// Columns 0 to 15 and 16 to 31 of the right side.
@@ -61,12 +61,12 @@ pub(super) struct Strips<'a> {
 }
 
 /// A thread's right to multiply: the tile unit has to be set up for each thread.
-pub(super) struct Multiplier {
+pub(crate) struct Multiplier {
     unit: Bf16Unit,
 }
 
 impl Multiplier {
-    pub(super) fn new(unit: Bf16Unit) -> Self {
+    pub(crate) fn new(unit: Bf16Unit) -> Self {
         #[cfg(target_arch = "x86_64")]
         if unit == Bf16Unit::Amx {
             amx::configure();
@@ -76,7 +76,7 @@ impl Multiplier {
 
     /// The nearest bf16 of each of `numbers`, halves to even.
     #[allow(clippy::unused_self)] // a multiplier is the proof that the instruction is there
-    pub(super) fn round(&self, numbers: &[f32], out: &mut [u16]) {
+    pub(crate) fn round(&self, numbers: &[f32], out: &mut [u16]) {
         let (blocks, rest) = numbers.as_chunks::<DEPTH>();
         let (out_blocks, out_rest) = out.as_chunks_mut::<DEPTH>();
         for (numbers, out) in blocks.iter().zip(out_blocks) {
@@ -98,7 +98,7 @@ impl Multiplier {
     /// # Panics
     /// Where the last row ends too early.
     #[allow(clippy::unused_self)] // as above
-    pub(super) fn turn(&self, rows: &[u16], stride: usize, tile: &mut [u16; TILE]) {
+    pub(crate) fn turn(&self, rows: &[u16], stride: usize, tile: &mut [u16; TILE]) {
         assert!(rows.len() >= (SIDE - 1) * stride + DEPTH, "16 rows of 32 numbers");
         #[cfg(target_arch = "x86_64")]
         // SAFETY: whichever unit was detected, avx512f was; the rows are there by the assertion.
@@ -111,7 +111,7 @@ impl Multiplier {
 
     /// A row of a right tile: 16 numbers of one row of a matrix, each with the one below it.
     #[allow(clippy::unused_self)] // as above
-    pub(super) fn pair(&self, even: &[u16; SIDE], odd: &[u16; SIDE], pairs: &mut [u16; DEPTH]) {
+    pub(crate) fn pair(&self, even: &[u16; SIDE], odd: &[u16; SIDE], pairs: &mut [u16; DEPTH]) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: whichever unit was detected, avx512f was.
         unsafe {
@@ -126,7 +126,7 @@ impl Multiplier {
     ///
     /// # Panics
     /// Where the strips differ in length or `sums` is too short.
-    pub(super) fn multiply_block(&self, strips: Strips<'_>, fresh: bool, sums: &mut [f32], stride: usize) {
+    pub(crate) fn multiply_block(&self, strips: Strips<'_>, fresh: bool, sums: &mut [f32], stride: usize) {
         let numbers = strips.left[0].len();
         let equal = strips.left.iter().chain(&strips.right).all(|s| s.len() == numbers);
         assert!(equal && numbers.is_multiple_of(TILE), "strips of one length, in whole tiles");
@@ -146,7 +146,7 @@ impl Multiplier {
 }
 
 /// The nearest bf16, halves to even. NaN stays NaN.
-pub(super) fn round(x: f32) -> u16 {
+pub(crate) fn round(x: f32) -> u16 {
     let bits = x.to_bits();
     if x.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
 }

@@ -1,0 +1,165 @@
+//! Products with a frozen matrix in bf16: both sides are packed into tiles.
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::FrozenMatrix;
+use super::output::{Columns, Scratch};
+use super::product::columns_a_task;
+use crate::bf16::{
+    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, left_strip, paired_rows, turned_rows,
+};
+use crate::direction::Direction;
+
+/// A multiple of every format's block.
+const BLOCKS_OF_ALL: usize = 256;
+/// About how many columns are dequantized at a time in `forward`.
+const FORWARD_DEPTH: usize = 512;
+/// About how many rows are dequantized at a time in `backward`.
+const BACKWARD_DEPTH: usize = 256;
+
+/// The product in one direction, in bf16: activations are packed once, and each task packs the part of the
+/// matrix that its columns of the output need, a pass along the summed dimension at a time.
+pub(super) fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Unit, x: &[f32], y: Columns) {
+    let [rows, cols] = w.shape();
+    let (summed, width, pack): (_, _, PackRight) = match direction {
+        Direction::Forward => (cols, rows, turned_rows),
+        Direction::Backward => (rows, cols, paired_rows),
+    };
+    let left = Packed::new(unit, x, summed, depth_a_pass(direction, summed));
+    let columns = columns_a_task(w, direction);
+    let at_hand = (SIDE * left.pass).max(2 * columns);
+    let sizes = (left.strips * SIDE * columns, columns * left.pass + at_hand, columns.max(left.pass));
+    (0..width.div_ceil(columns)).into_par_iter().for_each(|task| {
+        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
+            let multiplier = Multiplier::new(unit);
+            let here = task * columns..width.min((task + 1) * columns);
+            let blocks = here.len().div_ceil(BLOCK);
+            let (right, rows_at_hand) = tiles.split_at_mut(blocks * BLOCK * left.pass);
+            for pass in 0..left.passes() {
+                let summed = left.summed(pass);
+                let right = &mut right[..blocks * BLOCK * summed.len()];
+                pack(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
+                let right = |strip: usize| &right[strip * SIDE * summed.len()..][..SIDE * summed.len()];
+                for block in 0..left.strips / 2 {
+                    let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
+                    for side in 0..blocks {
+                        let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
+                        let sums = &mut sums[block * BLOCK * columns + side * BLOCK..];
+                        multiplier.multiply_block(strips, pass == 0, sums, columns);
+                    }
+                }
+            }
+            for token in 0..x.len() / left.width {
+                // SAFETY: these columns of the output are this task's alone.
+                #[allow(unsafe_code)]
+                unsafe {
+                    y.write(token, &here, &sums[token * columns..][..here.len()]);
+                }
+            }
+        });
+    });
+}
+
+/// Fills strips of right tiles with the part of a matrix that begins at a column of the output, along a part
+/// of the summed dimension; the memory of single numbers and rows is lent.
+type PackRight = fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32], &mut [u16], &mut [u16]);
+
+/// How deep a pass along `summed` numbers is: whole blocks of every format, and passes of about one depth.
+fn depth_a_pass(direction: Direction, summed: usize) -> usize {
+    let depth = match direction {
+        Direction::Forward => FORWARD_DEPTH,
+        Direction::Backward => BACKWARD_DEPTH,
+    };
+    let passes = ((summed + depth / 2) / depth).max(1);
+    summed.div_ceil(passes).next_multiple_of(BLOCKS_OF_ALL)
+}
+
+thread_local! {
+    /// Memory that an earlier product packed its activations in.
+    static PACKED: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
+}
+
+impl Drop for Packed {
+    fn drop(&mut self) {
+        PACKED.set(std::mem::take(&mut self.values));
+    }
+}
+
+/// Activations in bf16, in strips of 16 tokens, cut along the summed dimension into passes.
+struct Packed {
+    values: Vec<u16>,
+    /// Strips of 16 tokens, an even number of them.
+    strips: usize,
+    /// Numbers of a token.
+    width: usize,
+    /// The summed dimension: `width` in whole tiles.
+    depth: usize,
+    /// Of it in one pass.
+    pass: usize,
+}
+
+impl Packed {
+    /// Of `x`, `[tokens, width]`.
+    fn new(unit: Bf16Unit, x: &[f32], width: usize, pass: usize) -> Self {
+        let strips = (x.len() / width).next_multiple_of(BLOCK) / SIDE;
+        let depth = width.next_multiple_of(DEPTH);
+        let mut values = PACKED.take();
+        let needed = strips * SIDE * depth;
+        values.resize(needed.max(values.len()), 0);
+        for (i, values) in values[..needed].chunks_mut(strips * SIDE * pass).enumerate() {
+            let deep = values.len() / (strips * SIDE);
+            let columns = i * pass..width.min(i * pass + deep);
+            values.par_chunks_exact_mut(SIDE * deep).enumerate().for_each(|(strip, values)| {
+                let rows = x.chunks_exact(width).skip(strip * SIDE).take(SIDE);
+                left_strip(&Multiplier::new(unit), rows.map(|row| &row[columns.clone()]), values);
+            });
+        }
+        Self { values, strips, width, depth, pass }
+    }
+
+    fn passes(&self) -> usize {
+        self.depth.div_ceil(self.pass)
+    }
+
+    /// What pass `i` sums over, in whole tiles: beyond the width there are zeros.
+    fn summed(&self, i: usize) -> Range<usize> {
+        i * self.pass..self.depth.min((i + 1) * self.pass)
+    }
+
+    fn strip(&self, i: usize, strip: usize) -> &[u16] {
+        let depth = self.summed(i).len();
+        &self.values[i * self.pass * self.strips * SIDE + strip * SIDE * depth..][..SIDE * depth]
+    }
+}
+
+impl RoundedRows for FrozenMatrix {
+    /// As they are where the matrix holds bf16, otherwise dequantized first.
+    fn rounded(
+        &self,
+        multiplier: &Multiplier,
+        row: usize,
+        cols: Range<usize>,
+        numbers: &mut [f32],
+        out: &mut [u16],
+    ) {
+        let [rows, width] = self.shape();
+        let end = if row < rows { cols.end.min(width) } else { cols.start };
+        let (here, beyond) = out.split_at_mut(end - cols.start);
+        beyond.fill(0);
+        if here.is_empty() {
+            return;
+        }
+        if let Some(halves) = self.bf16(row, cols.start..end) {
+            for (out, half) in here.iter_mut().zip(halves) {
+                *out = u16::from_le_bytes(*half);
+            }
+        } else {
+            let numbers = &mut numbers[..here.len()];
+            self.dequantize(row, cols.start..end, numbers);
+            multiplier.round(numbers, here);
+        }
+    }
+}
