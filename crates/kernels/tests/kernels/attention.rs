@@ -125,10 +125,10 @@ fn one_token_and_odd_sizes() {
 }
 
 #[test]
-fn long_documents_in_several_tiles() {
-    let spans = [0..300, 300..301, 301..340].map(Span::document);
+fn long_documents_in_several_tiles_blocks_and_tasks() {
+    let spans = [0..1040, 1040..1041, 1041..1080].map(Span::document);
     for (q, kv, dim) in [(9, 3, 64), (2, 2, 6)] {
-        let what = format!("attention, 300 tokens, {q} heads on {kv}");
+        let what = format!("attention, 1040 tokens, {q} heads on {kv}");
         check_large_spans(&what, Heads { q, kv, dim }, &spans, Scoring::of_heads(dim));
     }
 }
@@ -169,13 +169,13 @@ fn a_window_of_one_token_copies_its_value() {
 }
 
 #[test]
-fn windows_and_caps_over_several_tiles() {
-    let spans = [0..300, 300..301, 301..340].map(Span::document);
+fn windows_and_caps_over_several_tiles_blocks_and_tasks() {
+    let spans = [0..600, 600..601, 601..640].map(Span::document);
     let cache = [Span { queries: 0..130, keys: 0..201 }];
     let heads = Heads { q: 4, kv: 2, dim: 16 };
     for (soft_cap, window) in [(None, Some(7)), (None, Some(100)), (Some(2.0), Some(60)), (Some(2.0), None)] {
         let scoring = Scoring { scale: 0.3, soft_cap, window, ..Scoring::of_heads(1) };
-        check_large_spans(&format!("attention, 300 tokens, {scoring:?}"), heads, &spans, scoring);
+        check_large_spans(&format!("attention, 600 tokens, {scoring:?}"), heads, &spans, scoring);
         check_large_spans(&format!("attention, 130 new tokens, {scoring:?}"), heads, &cache, scoring);
     }
 }
@@ -191,7 +191,7 @@ fn spans_may_leave_rows_out_and_share_them() {
 /// In bf16, factors are rounded to some 1/256 of themselves; whatever is summed stays float32.
 #[test]
 fn rounded_products_stay_near() {
-    let spans = [0..700, 700..701, 701..740].map(Span::document);
+    let spans = [0..1100, 1100..1101, 1101..1140].map(Span::document);
     let cache = [Span { queries: 0..130, keys: 0..201 }];
     for (q, kv, dim) in [(3, 1, 64), (2, 2, 20)] {
         for (spans, window) in [(&spans[..], None), (&spans[..], Some(100)), (&cache[..], None)] {
