@@ -5,6 +5,7 @@
 
 mod built_in;
 mod chat;
+mod deep;
 mod markers;
 mod ollama;
 mod python;
@@ -12,10 +13,12 @@ mod record_style;
 
 use std::fmt;
 use std::path::Path;
+use std::thread::Scope;
 
 use minijinja::{Environment, UndefinedBehavior, Value};
 
 use self::built_in::BUILT_IN;
+use self::deep::deep;
 use crate::error::DataError;
 use crate::example::Learn;
 use crate::files;
@@ -31,8 +34,8 @@ const FUEL: u64 = 100_000;
 /// The same for a conversation, which may have hundreds of turns.
 const CHAT_FUEL: u64 = 2_000_000;
 
-/// A template file beyond this many bytes is a mistaken path.
-const MAX_SOURCE: usize = 1 << 20;
+/// A template beyond this many bytes is a mistaken path; and what it nests has to find room on a stack (`deep`).
+const MAX_SOURCE: usize = 1 << 17;
 
 /// The file beside an adapter that holds its template over `messages`, for pronk and for transformers.
 pub const CHAT_TEMPLATE: &str = "chat_template.jinja";
@@ -107,11 +110,7 @@ impl PromptTemplate {
             return Err(unknown(name_or_path));
         }
         let bytes = files::read(path, "read the template")?;
-        if bytes.len() > MAX_SOURCE {
-            let message =
-                format!("{} bytes long; expected a prompt template of at most {MAX_SOURCE}", bytes.len());
-            return Err(DataError::Template { name: name_or_path.to_owned(), message });
-        }
+        check_size(name_or_path, bytes.len())?;
         Self::new(name_or_path, files::text(path, &bytes)?, tokenizer)
     }
 
@@ -124,6 +123,11 @@ impl PromptTemplate {
 
     /// A template from its source. As usual with Jinja, one newline at the very end of `source` is left off.
     pub fn new(name: &str, source: &str, tokenizer: &TextTokenizer) -> Result<Self, DataError> {
+        check_size(name, source.len())?;
+        deep(|| Self::parse(name, source, tokenizer)).unwrap_or_else(|e| Err(no_stack(name, &e)))
+    }
+
+    fn parse(name: &str, source: &str, tokenizer: &TextTokenizer) -> Result<Self, DataError> {
         let mut environment = python::environment().map_err(|error| template_error(name, &error))?;
         let prepared = python::with_generation_calls(source);
         let parsed = environment.template_from_named_str(name, &prepared);
@@ -233,10 +237,19 @@ impl PromptTemplate {
         }
     }
 
+    /// A thread of `scope` that this template is rendered on many times over.
+    pub(crate) fn spawn<'scope>(
+        &self,
+        scope: &'scope Scope<'scope, '_>,
+        run: impl FnOnce() + Send + 'scope,
+    ) -> Result<(), DataError> {
+        deep::spawn(scope, run).map(drop).map_err(|e| no_stack(&self.name, &e))
+    }
+
     fn fill(&self, context: Value) -> Result<String, DataError> {
-        self.environment
-            .get_template(&self.name)
-            .and_then(|template| template.render(context))
+        let render = || self.environment.get_template(&self.name)?.render(context);
+        deep(render)
+            .map_err(|e| no_stack(&self.name, &e))?
             .map_err(|error| template_error(&self.name, &error))
     }
 
@@ -251,6 +264,20 @@ fn record_environment() -> Environment<'static> {
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment
+}
+
+/// Told before a file's bytes are taken for text, and of templates that come with a tokenizer.
+fn check_size(name: &str, bytes: usize) -> Result<(), DataError> {
+    if bytes <= MAX_SOURCE {
+        return Ok(());
+    }
+    let message = format!("{bytes} bytes long; expected a prompt template of at most {MAX_SOURCE}");
+    Err(DataError::Template { name: name.to_owned(), message })
+}
+
+fn no_stack(name: &str, error: &std::io::Error) -> DataError {
+    let message = format!("cannot be rendered, as the system gives no thread for it ({error})");
+    DataError::Template { name: name.to_owned(), message }
 }
 
 fn template_error(name: &str, error: &minijinja::Error) -> DataError {

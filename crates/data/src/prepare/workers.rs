@@ -51,7 +51,7 @@ pub(super) fn run(
     thread::scope(|scope| {
         for _ in 0..workers {
             let (queue, finished) = (Arc::clone(&queue), finished.clone());
-            scope.spawn(move || {
+            let work = move || {
                 let mut encoder = tokenizer.encoder();
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -61,7 +61,8 @@ pub(super) fn run(
                         return;
                     }
                 }
-            });
+            };
+            template.spawn(scope, work)?;
         }
         // Both ends of both queues are the workers' own now: if one panics, nobody waits for it.
         drop((finished, queue));

@@ -75,20 +75,32 @@ fn strftime_now(format: &str) -> Result<String, Error> {
     Ok(text)
 }
 
+/// Spaces that a line of JSON is indented by, level by level, at most.
+const MAX_INDENT: usize = 64;
+
 /// Python's `json.dumps` with the arguments that transformers passes on: nothing is escaped for HTML.
+///
+/// Takes a step of the template's for every byte: a value may hold others many times over.
 #[allow(clippy::needless_pass_by_value)] // as minijinja calls it
-fn tojson(value: &Value, indent: Option<Value>, arguments: Kwargs) -> Result<String, Error> {
+fn tojson(state: &State, value: &Value, indent: Option<Value>, arguments: Kwargs) -> Result<String, Error> {
     let indent = indent.or(arguments.get::<Option<Value>>("indent")?).filter(|indent| !indent.is_none());
     let ascii: bool = arguments.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     let sorted: bool = arguments.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     let separators: Option<Vec<String>> = arguments.get("separators")?;
     arguments.assert_all_used()?;
     let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
+    // Written in vain first, so that what is too large never is in memory.
+    serde_json::to_writer(Fuelled(state), value).map_err(failed)?;
     let mut json = serde_json::to_value(value).map_err(failed)?;
     if sorted {
         json.sort_all_objects();
     }
-    let indent = indent.map(|indent| usize::try_from(indent).map(|width| " ".repeat(width))).transpose()?;
+    let indent = indent.map(usize::try_from).transpose()?;
+    if let Some(width @ MAX_INDENT..) = indent {
+        let message = format!("tojson: expected an indent of less than {MAX_INDENT}, found {width}");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    let indent = indent.map(|width| " ".repeat(width));
     let mut separators = separators.unwrap_or_default().into_iter();
     let item = if indent.is_some() { "," } else { ", " };
     let item = separators.next().unwrap_or_else(|| item.to_owned());
@@ -98,6 +110,20 @@ fn tojson(value: &Value, indent: Option<Value>, arguments: Kwargs) -> Result<Str
     let style = Python { item, key, ascii, pretty };
     json.serialize(&mut Serializer::with_formatter(&mut bytes, style)).map_err(failed)?;
     String::from_utf8(bytes).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+/// Takes steps for bytes, and fails where none are left.
+struct Fuelled<'a, 'b, 'c>(&'a State<'b, 'c>);
+
+impl io::Write for Fuelled<'_, '_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.consume_fuel(bytes.len() as u64).map_err(io::Error::other)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// How Python writes JSON.

@@ -283,3 +283,56 @@ fn what_is_stored_with_an_adapter_is_found_again() {
         assert_eq!((found.source(), found.file_name()), (source, template.file_name()));
     }
 }
+
+/// A chat template that does `first` and is good for nothing else.
+fn chat(first: &str) -> Result<PromptTemplate, DataError> {
+    new("mine", &format!("{first}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"))
+}
+
+#[test]
+fn what_a_template_nests_does_not_exhaust_the_stack() {
+    // As the parser follows it, as deep as the source may be long.
+    let many = |piece: &str| piece.repeat((MAX_SOURCE - 200) / piece.len());
+    let sources = [
+        format!("{{{{ {}1 }}}}", many("-")),
+        format!("{{{{ {}1 }}}}", many("not ")),
+        format!("{{{{ {}1 }}}}", many("1+")),
+        format!("{{{{ {}1 }}}}", many("1 if 1 else ")),
+        format!("{{{{ a{} }}}}", many(".a")),
+        format!("{{{{ a{} }}}}", many("()")),
+        format!("{{% if 0 %}}{}{{% endif %}}", many("{% elif 0 %}")),
+    ];
+    for source in sources {
+        let _ = chat(&source);
+    }
+    // Values within each other, as deep as the fuel lasts.
+    for wrap in ["[n.x]", "{'a': n.x}"] {
+        for used in ["", "{{ n.x }}", "{{ n.x | tojson }}", "{{ n.x == [n.x] }}"] {
+            let times = "{% for i in range(600) %}{% for j in range(600) %}";
+            for times in [times.to_owned(), times.replace("600", "350"), times.replace("600", "150")] {
+                let _ = chat(&format!(
+                    "{{% set n = namespace(x=1) %}}{times}{{% set n.x = {wrap} %}}{{% endfor %}}{{% endfor %}}{used}"
+                ));
+            }
+        }
+    }
+}
+
+#[test]
+fn json_takes_no_more_room_than_a_template_has_steps() {
+    let refusal = |source: &str| chat(source).unwrap_err().to_string();
+    for width in ["64", "99999999999", "999999999999999999999"] {
+        let error = refusal(&format!("{{{{ messages | tojson(indent={width}) }}}}"));
+        assert!(error.contains("template mine: line 1"), "{error}");
+    }
+    // A list that holds another twice, which does too, and so on: terabytes, spelled out.
+    let doubled =
+        "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}";
+    let error = refusal(&format!("{doubled}{{{{ n.x | tojson }}}}"));
+    assert!(error.contains("fuel"), "{error}");
+}
+
+#[test]
+fn a_template_that_came_with_a_tokenizer_has_a_size_too() {
+    assert!(chat(&"x".repeat(MAX_SOURCE)).unwrap_err().to_string().contains("at most"));
+}
