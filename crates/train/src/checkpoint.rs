@@ -70,6 +70,25 @@ pub struct Checkpoint {
     pub optimizer: Optimizer,
 }
 
+impl Checkpoint {
+    /// Reads the checkpoint in `dir`, whatever its manifest says.
+    pub fn load(
+        dir: &Path,
+        modules: &[ModuleShape],
+        config: &TrainConfig,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        let state = read_state(dir)?;
+        let mut adapter = Adapter::load(dir, modules, device)?;
+        if state.keeps_start {
+            adapter = adapter.with_start()?;
+        }
+        let mut optimizer = Optimizer::new(config, &adapter);
+        states_from_file(&mut optimizer, &dir.join(STATES), device)?;
+        Ok(Self { state, adapter, optimizer })
+    }
+}
+
 /// Writes a checkpoint as a whole, and removes what `config` does not keep.
 pub fn save(
     folder: &RunFolder,
@@ -121,7 +140,7 @@ pub fn load_newest(
 ) -> Result<Option<Checkpoint>, TrainError> {
     for path in list(folder).into_values().rev() {
         match differences(&path).first() {
-            None => return load(&path, modules, config, device).map(Some),
+            None => return Checkpoint::load(&path, modules, config, device).map(Some),
             Some(first) => {
                 let (file, problem) = (first.path.display(), &first.problem);
                 warn(format!("passing over a damaged checkpoint: {file}: {problem}"));
@@ -134,22 +153,6 @@ pub fn load_newest(
 /// Where the newest whole checkpoint is.
 pub fn newest(folder: &RunFolder) -> Option<PathBuf> {
     list(folder).into_values().rev().find(|path| differences(path).is_empty())
-}
-
-fn load(
-    path: &Path,
-    modules: &[ModuleShape],
-    config: &TrainConfig,
-    device: &Device,
-) -> Result<Checkpoint, TrainError> {
-    let state = read_state(path)?;
-    let mut adapter = Adapter::load(path, modules, device)?;
-    if state.keeps_start {
-        adapter = adapter.with_start()?;
-    }
-    let mut optimizer = Optimizer::new(config, &adapter);
-    states_from_file(&mut optimizer, &path.join(STATES), device)?;
-    Ok(Checkpoint { state, adapter, optimizer })
 }
 
 fn read_state(checkpoint: &Path) -> Result<TrainerState, TrainError> {
