@@ -1,4 +1,4 @@
-//! The committed inputs, and a few hundred changes of each target's: what CI can afford of fuzzing. The same changes
+//! The committed inputs, and a few thousand changes of each target's: what CI can afford of fuzzing. The same changes
 //! every time; a mistake of a reader panics here as it would for a user, and memory taken by a told length ends the
 //! process.
 
@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 static ALLOCATOR: Cap<System> = Cap::new(System, 4 << 30);
 
 /// Changed inputs of each target.
-const CHANGED: usize = 400;
+const CHANGED: usize = 4000;
 /// Changes of one input at most.
 const CHANGES: usize = 4;
 
