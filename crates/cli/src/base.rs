@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use hf_hub::api::sync::ApiBuilder;
+use hf_hub::RepoType;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{PromptTemplate, TextTokenizer};
 use pronk_kernels::open_device;
@@ -12,6 +12,7 @@ use pronk_lora::{Adapter, quantized_bits_of};
 use pronk_model::{Base, Decoder, LoadConfig, ModelError, Origin, Scheme, quantized};
 
 use crate::gguf_keys::vocabulary;
+use crate::hub::Pinned;
 use crate::progress;
 use crate::terminal::{print, say};
 
@@ -56,7 +57,6 @@ fn locate(name: &str, folder: &Path) -> Result<PathBuf> {
         ));
     }
     download(name)
-        .into_diagnostic()
         .wrap_err_with(|| {
             format!(
                 "{name}: there is no such path, and as a hub id it could not be fetched. Without a network, give \
@@ -65,10 +65,14 @@ fn locate(name: &str, folder: &Path) -> Result<PathBuf> {
         })
 }
 
-/// Fetches a model repository's files into the hub cache; those that are there already stay.
-fn download(id: &str) -> Result<PathBuf, hf_hub::api::sync::ApiError> {
-    let repo = ApiBuilder::from_env().with_progress(true).build()?.model(id.to_owned());
-    let all: Vec<String> = repo.info()?.siblings.into_iter().map(|s| s.rfilename).collect();
+/// Fetches a model repository's files, all of one revision, into the hub cache; those that are there already stay.
+fn download(name: &str) -> Result<PathBuf> {
+    let (id, revision) = match name.rsplit_once('@') {
+        Some((id, revision)) => (id, Some(revision)),
+        None => (name, None),
+    };
+    let repo = Pinned::find(id, RepoType::Model, revision)?;
+    let all = &repo.files;
     // PyTorch's own files hold the same weights again, where there are safetensors.
     let weights = if all.iter().any(|name| name.ends_with(".safetensors")) { ".safetensors" } else { ".bin" };
     let wanted = |name: &&String| {
@@ -79,6 +83,7 @@ fn download(id: &str) -> Result<PathBuf, hf_hub::api::sync::ApiError> {
         repo.get(name)?;
     }
     let config = repo.get("config.json")?;
+    print(&format!("base      {id}@{}\n", repo.sha));
     Ok(config.parent().unwrap_or(Path::new(".")).to_owned())
 }
 

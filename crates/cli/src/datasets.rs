@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::ApiBuilder;
-use hf_hub::{Repo, RepoType};
-use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use hf_hub::RepoType;
+use miette::{Result, WrapErr, miette};
 use pronk_data::DataFile;
 
+use crate::hub::Pinned;
 use crate::terminal::print;
 
 /// What data files end in, those first that are the same data in less space.
@@ -82,17 +82,11 @@ pub fn fetch(files: Vec<DataFile>) -> Result<Vec<DataFile>> {
 /// The files of the train split, all of one revision; those that are in the cache already stay.
 fn download(name: &Name) -> Result<Vec<PathBuf>> {
     let Name { id, folder, revision } = name;
-    let api = ApiBuilder::from_env().with_progress(true).build().into_diagnostic()?;
-    let at =
-        |revision: &str| api.repo(Repo::with_revision(id.clone(), RepoType::Dataset, revision.to_owned()));
-    let info = at(revision.unwrap_or("main")).info().into_diagnostic()?;
-    let names: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
+    let pinned = Pinned::find(id, RepoType::Dataset, *revision)?;
+    let names: Vec<&str> = pinned.files.iter().map(String::as_str).collect();
     let wanted = train_split(&names, folder).map_err(|wrong| miette!("{id}: {wrong}"))?;
-    let pinned = at(&info.sha);
-    let paths =
-        wanted.iter().map(|name| pinned.get(name).into_diagnostic().wrap_err_with(|| (*name).to_owned()));
-    let paths = paths.collect::<Result<Vec<_>>>()?;
-    print(&format!("data      {id}@{}: {}\n", info.sha, wanted.join(", ")));
+    let paths = wanted.iter().map(|name| pinned.get(name)).collect::<Result<Vec<_>>>()?;
+    print(&format!("data      {id}@{}: {}\n", pinned.sha, wanted.join(", ")));
     Ok(paths)
 }
 

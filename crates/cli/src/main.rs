@@ -8,6 +8,7 @@ mod cards;
 mod commands;
 mod datasets;
 mod gguf_keys;
+mod hub;
 mod internal_error;
 mod loaded;
 mod modelfile;
