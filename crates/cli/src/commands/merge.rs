@@ -46,11 +46,10 @@ pub fn run(args: &Merge) -> Result<()> {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     };
+    let merging = Merging { args, opened, adapter: &adapter, prompt: &prompt, device: &device };
     let report = match args.format {
-        MergeFormat::Safetensors => {
-            safetensors(args, opened, &adapter, prompt.clone(), &device, &mut progress)
-        }
-        MergeFormat::Gguf => gguf(args, opened, &adapter, prompt.clone(), &device, &mut progress),
+        MergeFormat::Safetensors => merging.safetensors(&mut progress),
+        MergeFormat::Gguf => merging.gguf(&mut progress),
     };
     bar.finish_and_clear();
     let MergeReport { files, tensors, adapted, bytes, verification } = report?;
@@ -73,63 +72,64 @@ pub fn run(args: &Merge) -> Result<()> {
     Ok(())
 }
 
-/// A Hugging Face directory. A directory's tokenizer files are copied as they are; a GGUF file has none to copy. The
-/// adapter's template goes before the base's: it is what the merged model was trained with.
-fn safetensors(
-    args: &Merge,
-    opened: &OpenedBase,
-    adapter: &Adapter,
-    prompt: Vec<u32>,
-    device: &Device,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<MergeReport> {
-    let dtype = args.dtype.map(|dtype| match dtype {
-        args::Dtype::F32 => Dtype::F32,
-        args::Dtype::F16 => Dtype::F16,
-        args::Dtype::Bf16 => Dtype::Bf16,
-    });
-    let options = MergeOptions { dtype, prompt, ..MergeOptions::default() };
-    let trained_with = PromptTemplate::of_adapter(&args.adapter, &opened.tokenizer).into_diagnostic()?;
-    let mut finish = |dir: &Path| {
-        if opened.base.gguf().is_some() {
-            opened.tokenizer.save(dir)?;
-        }
-        Ok(trained_with.iter().try_for_each(|template| template.save(dir))?)
-    };
-    merge(&opened.base, adapter, &args.out, &options, device, progress, &mut finish).into_diagnostic()
+/// What is merged, and how.
+struct Merging<'a> {
+    args: &'a Merge,
+    /// What the adapter is merged into.
+    opened: &'a OpenedBase,
+    adapter: &'a Adapter,
+    /// Tokens to compare on.
+    prompt: &'a [u32],
+    device: &'a Device,
 }
 
-/// A GGUF file with a Modelfile beside it. The tokenizer is a GGUF base's own, or written as llama.cpp has it.
-fn gguf(
-    args: &Merge,
-    opened: &OpenedBase,
-    adapter: &Adapter,
-    prompt: Vec<u32>,
-    device: &Device,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<MergeReport> {
-    let tokenizer = &opened.tokenizer;
-    let mut metadata = match opened.base.gguf() {
-        Some(_) => Vec::new(),
-        None => gguf_keys::keys(tokenizer.to_gguf(opened.base.config.vocab_size).into_diagnostic()?),
-    };
-    let template = base::template(None, Some(&args.adapter), tokenizer)?;
-    if template.file_name() == TEMPLATE_FILE {
-        metadata.retain(|(key, _)| key != gguf_keys::CHAT_TEMPLATE);
-        let source = GgufValue::String(template.source().to_owned());
-        metadata.push((gguf_keys::CHAT_TEMPLATE.to_owned(), source));
+impl Merging<'_> {
+    /// A Hugging Face directory. A directory's tokenizer files are copied as they are; a GGUF file has none to copy. The
+    /// adapter's template goes before the base's: it is what the merged model was trained with.
+    fn safetensors(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<MergeReport> {
+        let Self { args, opened, adapter, prompt, device } = self;
+        let dtype = args.dtype.map(|dtype| match dtype {
+            args::Dtype::F32 => Dtype::F32,
+            args::Dtype::F16 => Dtype::F16,
+            args::Dtype::Bf16 => Dtype::Bf16,
+        });
+        let options = MergeOptions { dtype, prompt: prompt.to_vec(), ..MergeOptions::default() };
+        let trained_with = PromptTemplate::of_adapter(&args.adapter, &opened.tokenizer).into_diagnostic()?;
+        let mut finish = |dir: &Path| {
+            if opened.base.gguf().is_some() {
+                opened.tokenizer.save(dir)?;
+            }
+            Ok(trained_with.iter().try_for_each(|template| template.save(dir))?)
+        };
+        merge(&opened.base, adapter, &args.out, &options, device, progress, &mut finish).into_diagnostic()
     }
-    let modelfile = Modelfile::new(format!("./{MODEL_GGUF}"), None, &template, tokenizer);
-    if let Err(error) = &modelfile {
-        eprintln!("note: without a Modelfile for Ollama: {error}");
-    }
-    let mut finish = |dir: &Path| {
-        if let Ok(modelfile) = &modelfile {
-            fs::write(dir.join("Modelfile"), modelfile.to_string())?;
+
+    /// A GGUF file with a Modelfile beside it. The tokenizer is a GGUF base's own, or written as llama.cpp has it.
+    fn gguf(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<MergeReport> {
+        let Self { args, opened, adapter, prompt, device } = self;
+        let tokenizer = &opened.tokenizer;
+        let mut metadata = match opened.base.gguf() {
+            Some(_) => Vec::new(),
+            None => gguf_keys::keys(tokenizer.to_gguf(opened.base.config.vocab_size).into_diagnostic()?),
+        };
+        let template = base::template(None, Some(&args.adapter), tokenizer)?;
+        if template.file_name() == TEMPLATE_FILE {
+            metadata.retain(|(key, _)| key != gguf_keys::CHAT_TEMPLATE);
+            let source = GgufValue::String(template.source().to_owned());
+            metadata.push((gguf_keys::CHAT_TEMPLATE.to_owned(), source));
         }
-        Ok(template.save(dir)?)
-    };
-    let finish: &mut Finish = &mut finish;
-    let options = GgufMergeOptions { kind: args.gguf_type, metadata, prompt };
-    merge_gguf(&opened.base, adapter, &args.out, &options, device, progress, finish).into_diagnostic()
+        let modelfile = Modelfile::new(format!("./{MODEL_GGUF}"), None, &template, tokenizer);
+        if let Err(error) = &modelfile {
+            eprintln!("note: without a Modelfile for Ollama: {error}");
+        }
+        let mut finish = |dir: &Path| {
+            if let Ok(modelfile) = &modelfile {
+                fs::write(dir.join("Modelfile"), modelfile.to_string())?;
+            }
+            Ok(template.save(dir)?)
+        };
+        let finish: &mut Finish = &mut finish;
+        let options = GgufMergeOptions { kind: args.gguf_type, metadata, prompt: prompt.to_vec() };
+        merge_gguf(&opened.base, adapter, &args.out, &options, device, progress, finish).into_diagnostic()
+    }
 }
