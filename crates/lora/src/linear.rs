@@ -58,8 +58,8 @@ impl LoraLinear {
     }
 
     /// `base(x) + scale * (dropout(x) A^T) B^T`, or `base(x)` where no adapter sits. With `DoRA`, what is
-    /// in front of the bias is scaled by `magnitude / |W + scale B A|`, row by row of the weight.
-    /// Dropout is in front of A alone there too, so that the base is multiplied once.
+    /// in front of the bias is scaled by `s = magnitude / |W + scale B A|`, row by row of the weight. Dropout is then in
+    /// front of all that the adapter changes, as in PEFT: `W x + (s - 1) W dropout(x) + s scale B A dropout(x)`.
     ///
     /// # Shapes
     /// - x: `[tokens, in]`
@@ -74,8 +74,16 @@ impl LoraLinear {
         };
         let norms = || weight_norms(&self.base, self.squares(&x.device()), pair);
         let norms = mode.norms.map_or_else(norms, |known| known.of(&self.name, norms));
-        let y = low_rank_update(self.base.product(x.clone()), x, &self.name, mode);
-        self.base.add_bias(y * (magnitude.clone() / norms))
+        let stretch = magnitude.clone() / norms;
+        let Some(dropout) = mode.dropout.filter(|dropout| dropout.p > 0.0) else {
+            let y = low_rank_update(self.base.product(x.clone()), x, &self.name, mode);
+            return self.base.add_bias(y * stretch);
+        };
+        let kept = dropout.apply(x.clone(), &self.name);
+        let of_kept = self.base.product(kept.clone());
+        let unchanged = self.base.product(x) - of_kept.clone();
+        let changed = add_low_rank(of_kept, kept, &pair.a, &pair.b, pair.scale);
+        self.base.add_bias(unchanged + changed * stretch)
     }
 
     /// [`Self::forward`] for a graph whose result nobody reads: see [`FrozenLinear::forward_unread`].

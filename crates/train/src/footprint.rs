@@ -114,7 +114,8 @@ impl Shapes {
         Ok(Self {
             model: model.clone(),
             weights,
-            dora_outputs: magnitudes(outputs.values().sum()),
+            // Dropout has the base multiplied with what it leaves as well.
+            dora_outputs: magnitudes(outputs.values().sum()) * if lora.dropout > 0.0 { 2 } else { 1 },
             keeps_start: lora.init_lora_weights.keeps_start(),
             adapter_numbers: numbers.sum::<usize>() as u64,
             adapted: targets.iter().map(|m| short(&m.name)).collect(),
