@@ -3,7 +3,18 @@ import json
 
 import pytest
 from conftest import RECIPE
-from helpers import GOLDEN, ROOT, TEXT, assert_different, assert_same, load, logits_of, pronk, pronk_logits
+from helpers import (
+    GOLDEN,
+    ROOT,
+    TEXT,
+    assert_different,
+    assert_same,
+    load,
+    logits_of,
+    pronk,
+    pronk_logits,
+    save_random_adapter,
+)
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -84,3 +95,36 @@ def test_extracted_adapter_is_the_merged_one(tmp_path):
     pronk("adapter", "extract", "--base", base, "--tuned", merged, "--rank", "4", "--out", out)
     found = pronk_logits(tmp_path / "logits.safetensors", base, adapter)
     assert_same(found.logits, logits_of(load(base, out), found.token_ids))
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": r".*layers\.[01]\.(self_attn\.(q|k)|mlp\.up)_proj"},
+    {"target_modules": r"model\.layers\.\d+\..*_proj", "exclude_modules": r".*layers\.0\..*(q|down)_proj"},
+    {"target_modules": "all-linear", "exclude_modules": ["layers.1.self_attn.o_proj", "v_proj"]},
+])  # fmt: skip
+def test_modules_by_regular_expressions(settings, tmp_path):
+    """Chosen alike, saved alike: PEFT's adapter here, and after an export in PEFT again."""
+    base = GOLDEN / "tiny-gqa"
+    settings = {"exclude_modules": None} | settings
+    adapter = save_random_adapter(base, tmp_path / "adapter", settings["target_modules"], std=0.3, exclude_modules=settings["exclude_modules"])
+    found = pronk_logits(tmp_path / "logits.safetensors", base, adapter)
+    assert_same(found.logits, logits_of(load(base, adapter), found.token_ids))
+    assert_different(found.logits, logits_of(load(base), found.token_ids))
+    pronk("export", "--base", base, "--adapter", adapter, "--to", "peft", "--out", tmp_path / "out")
+    assert_same(found.logits, logits_of(load(base, tmp_path / "out"), found.token_ids))
+    saved, theirs = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "out", adapter))
+    assert saved.keys() == theirs.keys()
+
+
+def test_a_run_chooses_by_an_expression_as_peft_does(tmp_path):
+    base, run, recipe = GOLDEN / "tiny-gqa", tmp_path / "run", tmp_path / "recipe.toml"
+    paths = {"base": base, "data": ROOT / "datasets" / "pronk.json", "run": run}
+    pattern = r"model\.layers\.1\.(self_attn\.o|mlp\.gate)_proj"
+    text = RECIPE.format(**{key: json.dumps(str(path)) for key, path in paths.items()})
+    recipe.write_text(text.replace('"all-linear"', f"'{pattern}'"))
+    pronk("train", recipe, "--set", "train.max_steps=2")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == pattern
+    expected = get_peft_model_state_dict(load(base, run / "adapter"))
+    assert load_file(run / "adapter" / "adapter_model.safetensors").keys() == expected.keys()
+    assert len(expected) == 4

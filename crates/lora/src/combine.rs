@@ -78,9 +78,9 @@ fn common(adapters: &[(&Adapter, f64)], pairs: &BTreeMap<String, LoraPair>) -> L
     let config = LoraConfig { rslora: false, dropout: 0.0, ..first.config.clone() };
     let alike = adapters.iter().all(|(adapter, _)| {
         let LoraConfig { layers_to_transform, exclude_modules, target_modules, .. } = &adapter.config;
-        let whole = |name: &String| name.contains('.');
-        let by_whole_names = matches!(target_modules, TargetModules::Names(names) if names.iter().any(whole));
-        *layers_to_transform == config.layers_to_transform && exclude_modules.is_empty() && !by_whole_names
+        *layers_to_transform == config.layers_to_transform
+            && exclude_modules.is_empty()
+            && !target_modules.are_whole_names()
     });
     if alike {
         return config;

@@ -1,8 +1,9 @@
 use std::collections::BTreeSet;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::patterns::{expression, matches};
+use crate::patterns::{expression, matches, whole_name};
 use crate::{InitLoraWeights, LoftQConfig, LoraError, ModuleShape, Patterns};
 
 /// What to adapt, and how strongly. The names are PEFT's, `rank` and `alpha` the recipes'.
@@ -15,7 +16,8 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Share of an adapted layer's inputs set to zero while training, 0 to below 1.
     pub dropout: f64,
-    /// Names of the linear layers to adapt, such as `["q_proj", "v_proj"]`, or "all-linear".
+    /// Names of the linear layers to adapt, such as `["q_proj", "v_proj"]`; a regular expression that their whole
+    /// names match; or "all-linear".
     pub target_modules: TargetModules,
     /// Scale by alpha / sqrt(rank) instead (rank-stabilized `LoRA`, Kalajdzievski 2023).
     pub rslora: bool,
@@ -33,8 +35,8 @@ pub struct LoraConfig {
     pub alpha_pattern: Patterns<f64>,
     /// Numbers of the layers to adapt. Empty: all.
     pub layers_to_transform: Vec<usize>,
-    /// Modules that are left as they are though `target_modules` names them.
-    pub exclude_modules: Vec<String>,
+    /// Modules that are left as they are though `target_modules` names them: names, or a regular expression.
+    pub exclude_modules: ModuleNames,
 }
 
 impl Default for LoraConfig {
@@ -51,7 +53,7 @@ impl Default for LoraConfig {
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             layers_to_transform: Vec::new(),
-            exclude_modules: Vec::new(),
+            exclude_modules: ModuleNames::default(),
         }
     }
 }
@@ -89,10 +91,9 @@ impl LoraConfig {
             self.layers_to_transform.is_empty()
                 || layer_of(&m.name).is_some_and(|layer| self.layers_to_transform.contains(&layer))
         };
-        let excluded = |m: &ModuleShape| self.exclude_modules.iter().any(|name| is_named(m, name));
-        chosen.retain(|m| in_layers(m) && !excluded(m));
+        chosen.retain(|m| in_layers(m) && !self.exclude_modules.names(m));
         if chosen.is_empty() {
-            let found = self.exclude_modules.join(", ");
+            let found = self.exclude_modules.to_string();
             return Err(LoraError::Config {
                 knob: "exclude_modules",
                 expected: "a module left".into(),
@@ -161,6 +162,24 @@ impl LoraConfig {
         if let Some((key, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !positive(**alpha)) {
             return refuse("alpha_pattern", "numbers above 0", format!("{alpha} for {key}"));
         }
+        let targets = match &self.target_modules {
+            TargetModules::Pattern(pattern) => Some(("target_modules", pattern)),
+            _ => None,
+        };
+        let excluded = match &self.exclude_modules {
+            ModuleNames::Pattern(pattern) => Some(("exclude_modules", pattern)),
+            ModuleNames::Names(_) => None,
+        };
+        for (knob, pattern) in targets.into_iter().chain(excluded) {
+            if let Err(error) = whole_name(pattern) {
+                let expected = "names, or a regular expression without look-around and back-references";
+                return refuse(knob, expected, format!("{pattern} ({error})"));
+            }
+        }
+        if targets.is_some() && !self.layers_to_transform.is_empty() {
+            let found = format!("{:?} beside a regular expression", self.layers_to_transform);
+            return refuse("layers_to_transform", "target_modules as a list of names, as PEFT does", found);
+        }
         let ranks = self.rank_pattern.iter().map(|(key, _)| ("rank_pattern", key));
         let alphas = self.alpha_pattern.iter().map(|(key, _)| ("alpha_pattern", key));
         match ranks.chain(alphas).find(|(_, key)| expression(key).is_err()) {
@@ -182,12 +201,14 @@ fn is_named(module: &ModuleShape, name: &str) -> bool {
 
 /// The linear layers that get an adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a list of module names or \"all-linear\"")]
+#[serde(untagged, expecting = "expected a list of module names, a regular expression, or \"all-linear\"")]
 pub enum TargetModules {
     /// Last parts of module names (`q_proj`) or whole names, matched as PEFT matches a list.
     Names(Vec<String>),
     /// "all-linear": every linear layer of the decoder's blocks, packed ones as they are.
     Word(AllLinear),
+    /// A regular expression that a layer's whole name matches.
+    Pattern(String),
 }
 
 /// The one word that stands for a list.
@@ -198,32 +219,96 @@ pub enum AllLinear {
     AllLinear,
 }
 
+/// Names of modules, as PEFT matches them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected a list of module names, or a regular expression")]
+pub enum ModuleNames {
+    /// Last parts of module names (`q_proj`) or whole names.
+    Names(Vec<String>),
+    /// A regular expression that a module's whole name matches.
+    Pattern(String),
+}
+
+impl Default for ModuleNames {
+    fn default() -> Self {
+        Self::Names(Vec::new())
+    }
+}
+
+impl fmt::Display for ModuleNames {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Names(names) => f.write_str(&names.join(", ")),
+            Self::Pattern(pattern) => f.write_str(pattern),
+        }
+    }
+}
+
+impl ModuleNames {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Self::Names(names) if names.is_empty())
+    }
+
+    /// Whether the module is among them. An expression that is none stands for no module.
+    fn names(&self, module: &ModuleShape) -> bool {
+        match self {
+            Self::Names(names) => names.iter().any(|name| is_named(module, name)),
+            Self::Pattern(pattern) => is_wholly(module, pattern),
+        }
+    }
+}
+
+/// Whether the module's whole name matches `pattern`. An expression that is none stands for no module.
+fn is_wholly(module: &ModuleShape, pattern: &str) -> bool {
+    whole_name(pattern).is_ok_and(|pattern| pattern.is_match(&module.name))
+}
+
 impl TargetModules {
+    /// Whether they are told otherwise than by the last parts of names.
+    pub(crate) fn are_whole_names(&self) -> bool {
+        match self {
+            Self::Names(names) => names.iter().any(|name| name.contains('.')),
+            Self::Word(_) => false,
+            Self::Pattern(_) => true,
+        }
+    }
+
     /// The chosen ones among `modules`. A name that matches nothing is an error that lists
     /// the names there are.
     pub fn select<'m>(&self, modules: &'m [ModuleShape]) -> Result<Vec<&'m ModuleShape>, LoraError> {
-        let names = match self {
-            Self::Word(AllLinear::AllLinear) => {
-                return Ok(modules.iter().filter(|module| module.part_of.is_none()).collect());
+        let whole = || modules.iter().filter(|module| module.part_of.is_none());
+        let (chosen, unmatched): (Vec<&ModuleShape>, Vec<&str>) = match self {
+            Self::Word(AllLinear::AllLinear) => (whole().collect(), Vec::new()),
+            Self::Names(names) => {
+                let unmatched = names.iter().filter(|n| !modules.iter().any(|m| is_named(m, n)));
+                let chosen = modules.iter().filter(|m| names.iter().any(|n| is_named(m, n)));
+                (chosen.collect(), unmatched.map(String::as_str).collect())
             }
-            Self::Names(names) => names,
+            // PEFT knows a packed layer's parts by no name; an expression means them only where it means no layer.
+            Self::Pattern(pattern) => {
+                let mut chosen: Vec<&ModuleShape> = whole().filter(|m| is_wholly(m, pattern)).collect();
+                if chosen.is_empty() {
+                    chosen = modules.iter().filter(|m| is_wholly(m, pattern)).collect();
+                }
+                let unmatched = if chosen.is_empty() { vec![pattern.as_str()] } else { Vec::new() };
+                (chosen, unmatched)
+            }
         };
-        let unmatched: Vec<&str> =
-            names.iter().filter(|n| !modules.iter().any(|m| is_named(m, n))).map(String::as_str).collect();
-        if names.is_empty() || !unmatched.is_empty() {
+        if chosen.is_empty() || !unmatched.is_empty() {
             return Err(LoraError::NoSuchTarget {
                 targets: unmatched.join(", "),
                 available: short_names(modules).join(", "),
             });
         }
-        Ok(modules.iter().filter(|m| names.iter().any(|n| is_named(m, n))).collect())
+        Ok(chosen)
     }
 
-    /// The names as `adapter_config.json` lists them; "all-linear" spelled out.
-    pub fn spelled_out(&self, modules: &[&ModuleShape]) -> Vec<String> {
+    /// As `adapter_config.json` has them; "all-linear" spelled out.
+    pub fn spelled_out(&self, modules: &[&ModuleShape]) -> Self {
         match self {
-            Self::Names(names) => names.clone(),
-            Self::Word(AllLinear::AllLinear) => short_names(modules.iter().copied()),
+            Self::Word(AllLinear::AllLinear) => Self::Names(short_names(modules.iter().copied())),
+            named => named.clone(),
         }
     }
 }
@@ -261,9 +346,22 @@ mod tests {
     }
 
     #[test]
-    fn all_linear_is_a_word_and_nothing_else_is() {
-        let parsed: TargetModules = serde_json::from_str("\"all-linear\"").unwrap();
-        assert_eq!(parsed.select(&modules()).unwrap().len(), 2);
-        assert!(serde_json::from_str::<TargetModules>("\"all-linears\"").is_err());
+    fn a_string_is_all_linear_or_an_expression_of_whole_names() {
+        let parsed = |text: &str| serde_json::from_value::<TargetModules>(text.into()).unwrap();
+        let all = modules();
+        let count =
+            |text: &str| parsed(text).select(&all).map(|chosen| chosen.len()).map_err(|e| e.to_string());
+        assert_eq!(parsed("all-linear"), TargetModules::Word(AllLinear::AllLinear));
+        assert_eq!(count("all-linear"), Ok(2));
+        assert_eq!(count(r".*\.(q|up)_proj"), Ok(2));
+        assert_eq!(count(r".*layers\.0\.self_attn.*"), Ok(1));
+        for nothing in ["q_proj", "all-linears", "model"] {
+            let error = count(nothing).unwrap_err();
+            assert!(error.contains(&format!("[{nothing}] matches no linear layer")), "{error}");
+        }
+        let config = LoraConfig { target_modules: parsed(".*(?=_proj)"), ..LoraConfig::default() };
+        assert!(config.validate().unwrap_err().to_string().contains("without look-around"));
+        let layers = LoraConfig { target_modules: parsed(".*"), layers_to_transform: vec![0], ..config };
+        assert!(layers.validate().unwrap_err().to_string().contains("beside a regular expression"));
     }
 }

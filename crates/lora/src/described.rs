@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::config::short_name;
-use crate::{Adapter, LoraConfig, LoraPair, Patterns, TargetModules};
+use crate::{Adapter, LoraConfig, LoraPair, ModuleNames, Patterns, TargetModules};
 
 impl Adapter {
     /// An adapter of these pairs, with `config` changed to tell their ranks and scales, and what they
@@ -14,10 +14,7 @@ impl Adapter {
         let alphas: BTreeMap<&str, f64> = pairs.iter().map(|(name, p)| (name.as_str(), alpha(p))).collect();
         let (rank, rank_pattern) = told(&ranks, config.rank);
         let (alpha, alpha_pattern) = told(&alphas, config.alpha);
-        let by_whole_names = match &config.target_modules {
-            TargetModules::Names(names) => names.iter().any(|name| name.contains('.')),
-            TargetModules::Word(_) => false,
-        } || !config.exclude_modules.is_empty();
+        let by_whole_names = config.target_modules.are_whole_names() || !config.exclude_modules.is_empty();
         let named = |name: &String| if by_whole_names { name.clone() } else { short_name(name).to_owned() };
         let mut names: Vec<String> = pairs.keys().map(named).collect();
         names.sort();
@@ -30,7 +27,7 @@ impl Adapter {
             use_dora: pairs.values().any(|pair| pair.magnitude.is_some()),
             target_modules: TargetModules::Names(names),
             layers_to_transform: if by_whole_names { Vec::new() } else { config.layers_to_transform.clone() },
-            exclude_modules: Vec::new(),
+            exclude_modules: ModuleNames::default(),
             ..config.clone()
         };
         Self { config, pairs }

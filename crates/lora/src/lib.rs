@@ -23,7 +23,7 @@ mod tensors;
 
 pub use adapter::{Adapter, LoraPair, ModuleShape, PartOf};
 pub use combine::Combination;
-pub use config::{AllLinear, LoraConfig, TargetModules};
+pub use config::{AllLinear, LoraConfig, ModuleNames, TargetModules};
 pub use dora::WeightNorms;
 pub use error::LoraError;
 pub use factors::{LowRankFactors, low_rank_factors};

@@ -44,6 +44,11 @@ pub fn matches(key: &str, name: &str) -> bool {
     expression(key).is_ok_and(|expression| expression.is_match(name))
 }
 
+/// What `pattern` means where it stands for whole names, as in PEFT's `target_modules`.
+pub fn whole_name(pattern: &str) -> Result<Regex, regex::Error> {
+    Regex::new(&format!("^(?:{pattern})$"))
+}
+
 /// What `key` means.
 pub fn expression(key: &str) -> Result<Regex, regex::Error> {
     Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))

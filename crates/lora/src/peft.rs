@@ -15,7 +15,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use crate::{Adapter, Factor, LoraConfig, LoraError, LoraPair, ModuleShape, TensorName};
+use crate::{Adapter, Factor, LoraConfig, LoraError, LoraPair, ModuleShape, TargetModules, TensorName};
 
 /// File name of the configuration.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -160,7 +160,7 @@ impl Adapter {
         self.tensors().map(host).collect()
     }
 
-    fn target_names(&self) -> Vec<String> {
+    fn target_names(&self) -> TargetModules {
         let modules: Vec<ModuleShape> =
             self.pairs.iter().map(|(name, p)| ModuleShape::new(name, p.a.dims()[1], p.b.dims()[0])).collect();
         self.config.target_modules.spelled_out(&modules.iter().collect::<Vec<_>>())

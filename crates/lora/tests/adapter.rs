@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use half::bf16;
-use pronk_kernels::{DeviceError, open_device};
+use pronk_kernels::{DeviceError, Dropout, DropoutKey, FrozenLinear, open_device};
 use pronk_lora::{
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, LoraPair,
-    ModuleShape, PartOf, TargetModules, quantized_bits_of,
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, ForwardMode, InitLoraWeights, LoftQConfig, LoraConfig, LoraError,
+    LoraLinear, LoraPair, ModuleNames, ModuleShape, PartOf, TargetModules, quantized_bits_of,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -427,8 +427,12 @@ fn a_configuration_that_is_wrong_is_told() {
         ("r", json!("four"), "r: expected a number, found \"four\""),
         ("lora_alpha", json!(0), "alpha: expected a number above 0"),
         ("lora_dropout", json!(1.0), "dropout: expected a number from 0 to below 1"),
-        ("target_modules", json!(3), "target_modules: expected a list of module names or \"all-linear\""),
-        ("target_modules", json!(".*_proj"), "target_modules: expected a list"),
+        ("target_modules", json!(3), "target_modules: expected a list of module names, a regular expression"),
+        (
+            "target_modules",
+            json!(".*(?=_proj)"),
+            "target_modules: expected names, or a regular expression without",
+        ),
         (
             "rank_pattern",
             json!({"q_proj": 0}),
@@ -441,7 +445,8 @@ fn a_configuration_that_is_wrong_is_told() {
         ),
         ("alpha_pattern", json!({"q_(": 1}), "alpha_pattern: expected names, or regular expressions"),
         ("rank_pattern", json!(["q_proj"]), "rank_pattern: "),
-        ("exclude_modules", json!(".*_proj"), "exclude_modules: "),
+        ("exclude_modules", json!("q_("), "exclude_modules: expected names, or a regular expression"),
+        ("exclude_modules", json!(3), "exclude_modules: expected a list"),
     ];
     for (key, value, told) in cases {
         let dir = changed("gqa", |config| config[key] = value.clone(), |_| {});
@@ -540,13 +545,22 @@ fn the_configuration_chooses_the_modules() {
     let last = [("self_attn.q_proj"), ("self_attn.v_proj")].map(|name| format!("model.layers.1.{name}"));
     let found: Vec<String> = adapted(upper.clone()).unwrap();
     assert_eq!(found, last);
-    let found = adapted(LoraConfig { exclude_modules: vec!["v_proj".into()], ..upper.clone() }).unwrap();
+    let found =
+        adapted(LoraConfig { exclude_modules: ModuleNames::Names(vec!["v_proj".into()]), ..upper.clone() })
+            .unwrap();
     assert_eq!(found, last[..1]);
     let told = |config: LoraConfig| adapted(config).unwrap_err().to_string();
     let error = told(LoraConfig { layers_to_transform: vec![0, 2], ..upper.clone() });
     assert_tells(&error, &["lora.layers_to_transform", "from 0 to below 2", "found 2"]);
-    let error = told(LoraConfig { exclude_modules: vec!["q_proj".into(), last[1].clone()], ..upper.clone() });
+    let excluding = |names| LoraConfig { exclude_modules: names, ..upper.clone() };
+    let found = adapted(excluding(ModuleNames::Pattern(".*v_proj".into()))).unwrap();
+    assert_eq!(found, last[..1]);
+    let error = told(excluding(ModuleNames::Names(vec!["q_proj".into(), last[1].clone()])));
     assert_tells(&error, &["lora.exclude_modules", "a module left"]);
+    let error = told(excluding(ModuleNames::Pattern(".*(q|v)_proj".into())));
+    assert_tells(&error, &["lora.exclude_modules", "a module left", ".*(q|v)_proj"]);
+    let pattern = r"model\.layers\.1\..*\.(q|v)_proj";
+    assert_eq!(chosen(serde_json::from_value(json!(pattern)).unwrap()).unwrap(), last);
     let error = told(LoraConfig { rank_pattern: [("k_proj".to_owned(), 2)].into_iter().collect(), ..upper });
     assert_tells(&error, &["lora.rank_pattern", "q_proj, v_proj", "found k_proj"]);
 
@@ -574,4 +588,34 @@ fn values_that_cannot_train_are_refused() {
     assert_eq!(parse("{}").unwrap(), default());
     assert_eq!(parse(r#"{"rank": 16, "target_modules": ["k_proj"]}"#).unwrap().rank, 16);
     assert!(parse(r#"{"lora_rank": 16}"#).unwrap_err().to_string().contains("lora_rank"));
+}
+
+#[test]
+fn dora_drops_what_the_adapter_changes_as_peft_does() {
+    let device = device();
+    let numbers = |shape: [usize; 2], step: f32| {
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| (i as f32 * step).sin()).collect();
+        Tensor::<2>::from_data(TensorData::new(values, shape), &device)
+    };
+    let (x, weight, bias) = (numbers([5, 4], 0.7), numbers([3, 4], 1.3), numbers([1, 3], 0.9));
+    let (a, b, magnitude, scale) =
+        (numbers([2, 4], 0.3), numbers([3, 2], 1.9), numbers([1, 3], 0.4) + 2.0, 1.5);
+    let pair = LoraPair { a: a.clone(), b: b.clone(), scale, magnitude: Some(magnitude.clone()) };
+    let adapter = Adapter { config: LoraConfig::default(), pairs: [("l".to_owned(), pair)].into() };
+    let layer =
+        LoraLinear::new("l".into(), FrozenLinear::new(weight.clone(), Some(bias.clone().reshape([3]))));
+    let dropout = Dropout { p: 0.5, key: DropoutKey { seed: 1, step: 2, micro_batch: 3 } };
+    let mode = ForwardMode { adapter: Some(&adapter), dropout: Some(dropout), norms: None };
+    let found = layer.forward(x.clone(), mode);
+
+    let kept = dropout.apply(x.clone(), "l");
+    assert_ne!(kept.to_data(), x.to_data());
+    let update = b.matmul(a) * scale;
+    let norms = (weight.clone() + update.clone()).powf_scalar(2.0).sum_dim(1).sqrt().transpose();
+    let stretch = magnitude / norms;
+    let of = |x: &Tensor<2>, w: &Tensor<2>| x.clone().matmul(w.clone().transpose());
+    let expected =
+        of(&x, &weight) + of(&kept, &weight) * (stretch.clone() - 1.0) + of(&kept, &update) * stretch + bias;
+    let differences = (found - expected).abs().try_to_vec_as::<f32>().unwrap();
+    assert!(differences.iter().all(|difference| *difference < 1e-4), "{differences:?}");
 }

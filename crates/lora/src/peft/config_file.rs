@@ -2,14 +2,15 @@
 
 use std::path::Path;
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{ADAPTER_CONFIG, misfit, read};
-use crate::{InitLoraWeights, LoftQConfig, LoraConfig, LoraError, TargetModules};
+use crate::{AllLinear, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, TargetModules};
 
 /// Only keys that every PEFT version since 0.6 accepts: older ones fail on keys they do not know.
-pub fn to_json(config: &LoraConfig, targets: &[String], base: &str) -> String {
+pub fn to_json(config: &LoraConfig, targets: &TargetModules, base: &str) -> String {
     // PEFT and Ollama know alpha as an integer; a fraction is written only where there is one.
     let alpha = if config.alpha.fract() == 0.0 { json!(config.alpha as i64) } else { json!(config.alpha) };
     let mut value = json!({
@@ -90,8 +91,14 @@ pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
         Value::Null => Ok(default),
         v => v.as_f64().ok_or_else(|| malformed(format!("{key}: expected a number, found {v}"))),
     };
-    let target_modules: TargetModules = serde_json::from_value(value["target_modules"].clone())
-        .map_err(|e| malformed(format!("target_modules: {e}, found {}", value["target_modules"])))?;
+    let target_modules = match &value["target_modules"] {
+        // PEFT knows the word in capitals too.
+        Value::String(word) if word.eq_ignore_ascii_case("all-linear") => {
+            TargetModules::Word(AllLinear::AllLinear)
+        }
+        found => TargetModules::deserialize(found)
+            .map_err(|e| malformed(format!("target_modules: {e}, found {found}")))?,
+    };
     let config = LoraConfig {
         rank: number("r", 8.0)? as usize,
         alpha: number("lora_alpha", 8.0)?,
