@@ -47,6 +47,43 @@ def largest_difference(what: str, found: torch.Tensor, expected: torch.Tensor, f
     return difference
 
 
+def through_float16(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+class TableGelu(torch.nn.Module):
+    """GELU as ggml computes it on a CPU: looked up in a table of float16 by what its argument is in float16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        looked_up = through_float16(torch.nn.functional.gelu(through_float16(x), approximate="tanh"))
+        return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, looked_up))
+
+
+def with_table_gelu(model):
+    """A Gemma that computes GELU as ggml does. Models with other activations stay as they are."""
+    for module in model.modules():
+        if hasattr(module, "act_fn") and "gelu" in type(module.act_fn).__name__.lower():
+            module.act_fn = TableGelu()
+    return model
+
+
+def with_float16_weights(model):
+    """Matrices rounded as a float16 file has them; what is no matrix stays, as llama.cpp's converter leaves it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(through_float16(parameter))
+    return model
+
+
+def with_float16_inputs(model):
+    """What goes into a product with a float16 matrix is rounded to float16 by ggml on a CPU."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (through_float16(inputs[0]),))
+    return model
+
+
 class LlamaCpp:
     """llama.cpp with a model and perhaps an adapter, computing as exactly as it can."""
 
