@@ -1,45 +1,94 @@
-"""What vLLM asks of an adapter before it loads it, written out from its source: vLLM itself is too large to install here.
+"""vLLM's own check of an adapter, run alone, takes what pronk exports for it and reads the same ranks and scales.
 
-vllm/lora/peft_helper.py and vllm/lora/lora_model.py of https://github.com/vllm-project/vllm: the keys that it takes from
-adapter_config.json, the features that it refuses, the rank that it makes room for, and the names of tensors.
+`scripts/vllm-helper` fetches two modules of vLLM's wheel. What is run of them: PEFTHelper, which reads adapter_config.json,
+refuses what vLLM cannot do, and computes every module's rank and scale; and parse_fine_tuned_lora_name, which refuses names
+of tensors that vLLM does not know. Everything else that they import is a stub here. vLLM does not load the tensors here,
+nor does it answer: it wants a graphics card.
 """
+import ast
+import importlib.util
 import json
 import math
 import re
+import sys
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import pytest
-from helpers import GOLDEN, pronk
+from helpers import GOLDEN, ROOT, pronk, save_random_adapter
 from safetensors.torch import load_file
 
-DEFAULT_MAX_RANK = 16
-NAME = re.compile(r"base_model\.model\.(model\.layers\.\d+\.\w+\.\w+)\.lora_([AB])\.weight")
+SOURCE = ROOT / "target" / "vllm" / "vllm" / "lora"
+if not (SOURCE / "peft_helper.py").is_file():
+    pytest.skip("scripts/vllm-helper has not been run", allow_module_level=True)
+pytest.importorskip("regex")
 
 
-def validated(folder):
-    """Refuses what vLLM refuses; returns the configuration and the scale that it computes."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for required in ("r", "lora_alpha", "target_modules"):
-        assert required in config, required
-    assert isinstance(config["r"], int) and isinstance(config["target_modules"], (list, str))
-    assert config.get("bias", "none") == "none", "bias"
-    assert not config.get("modules_to_save"), "only supports modules_to_save being None"
-    assert not config.get("use_dora"), "does not support DoRA"
-    rank = config["r"]
-    return config, config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+@dataclass
+class LoRAConfig:
+    max_lora_rank: int = 16  # vLLM's default
 
 
-@pytest.mark.parametrize("adapter, name, scale", [("gqa", "gqa", 2.0), ("tied", "tied", 2.0), ("rslora", "gqa", 8 / math.sqrt(8))])
-def test_an_exported_adapter_passes(adapter, name, scale, tmp_path):
-    pronk("export", "--base", GOLDEN / f"tiny-{name}", "--adapter", GOLDEN / f"adapter-{adapter}", "--to", "vllm", "--out",
-          tmp_path / "out")  # fmt: skip
-    config, found = validated(tmp_path / "out")
-    assert config["r"] <= DEFAULT_MAX_RANK
-    assert math.isclose(found, scale)
-    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    modules = set()
+def peft_helper():
+    """vLLM's class, with stubs for the two modules of vLLM's that its file imports."""
+    stubs = {name: ModuleType(name) for name in ("vllm", "vllm.config", "vllm.config.lora", "vllm.logger")}
+    stubs["vllm.config.lora"].LoRAConfig = LoRAConfig
+    stubs["vllm.logger"].init_logger = lambda name: SimpleNamespace(info_once=lambda *_: None)
+    spec = importlib.util.spec_from_file_location("vllm_peft_helper", SOURCE / "peft_helper.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stub in {**stubs, spec.name: module}.items():
+            patch.setitem(sys.modules, name, stub)
+        spec.loader.exec_module(module)
+    return module.PEFTHelper
+
+
+def name_parser():
+    """One function of a file that imports most of vLLM."""
+    tree = ast.parse((SOURCE / "utils.py").read_text())
+    function = next(n for n in tree.body if getattr(n, "name", None) == "parse_fine_tuned_lora_name")
+    scope = {}
+    exec(compile(ast.Module([function], []), "utils.py", "exec"), scope)
+    return scope[function.name]
+
+
+def export(base, adapter, out):
+    pronk("export", "--base", base, "--adapter", adapter, "--to", "vllm", "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("adapter, name", [("gqa", "gqa"), ("tied", "tied"), ("rslora", "gqa"), ("patterns", "gqa")])
+def test_an_exported_adapter_passes(adapter, name, tmp_path):
+    out = export(GOLDEN / f"tiny-{name}", GOLDEN / f"adapter-{adapter}", tmp_path / "out")
+    helper = peft_helper().from_local_dir(str(out), max_position_embeddings=None)
+    helper.validate_legal(LoRAConfig())
+    config = json.loads((GOLDEN / f"adapter-{adapter}" / "adapter_config.json").read_text())
+    tensors, modules = load_file(out / "adapter_model.safetensors"), set()
     for key, tensor in tensors.items():
-        module, half = NAME.fullmatch(key).groups()
-        assert module.rsplit(".", 1)[1] in config["target_modules"]
-        assert tensor.shape[0 if half == "A" else 1] == config["r"]
+        module, is_a = name_parser()(key)
+        rank, scale = helper.get_rank_and_scaling(module)
+        assert tensor.shape[0 if is_a else 1] == rank, key
+        matching = (a for end, a in config["alpha_pattern"].items() if re.match(rf"(.*\.)?({end})$", module))
+        alpha = next(matching, config["lora_alpha"])
+        assert math.isclose(scale, alpha / (math.sqrt(rank) if config["use_rslora"] else rank)), key
         modules.add(module)
     assert len(tensors) == 2 * len(modules)
+
+
+def test_what_is_over_its_default_rank_is_what_pronk_says(tmp_path):
+    base = GOLDEN / "tiny-gqa"
+    adapter = save_random_adapter(base, tmp_path / "adapter", ["q_proj"], std=0.1, r=24, lora_alpha=24)
+    out = export(base, adapter, tmp_path / "out")
+    helper = peft_helper().from_local_dir(str(out), max_position_embeddings=None)
+    with pytest.raises(ValueError, match="24 is greater than max_lora_rank 16"):
+        helper.validate_legal(LoRAConfig())
+    assert "--max-lora-rank 32" in (out / "README.md").read_text()
+    helper.validate_legal(LoRAConfig(32))
+
+
+def test_it_refuses_what_pronk_refuses_to_export(tmp_path):
+    helper = peft_helper().from_local_dir(str(GOLDEN / "adapter-dora"), max_position_embeddings=None)
+    with pytest.raises(ValueError, match="does not yet support DoRA"):
+        helper.validate_legal(LoRAConfig())
+    with pytest.raises(AssertionError, match="vllm knows no DoRA"):
+        export(GOLDEN / "tiny-bias", GOLDEN / "adapter-dora", tmp_path / "out")
