@@ -9,8 +9,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use half::bf16;
 use pronk_kernels::{DeviceError, Dropout, DropoutKey, FrozenLinear, open_device};
 use pronk_lora::{
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, ForwardMode, InitLoraWeights, LoftQConfig, LoraConfig, LoraError,
-    LoraLinear, LoraPair, ModuleNames, ModuleShape, PartOf, TargetModules, quantized_bits_of,
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, ForwardMode, InitLoraWeights, LoftQConfig, LoraConfig,
+    LoraError, LoraLinear, LoraPair, ModuleNames, ModuleShape, PartOf, TargetModules, quantized_bits_of,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
