@@ -600,7 +600,8 @@ fn dora_drops_what_the_adapter_changes_as_peft_does() {
     let (x, weight, bias) = (numbers([5, 4], 0.7), numbers([3, 4], 1.3), numbers([1, 3], 0.9));
     let (a, b, magnitude, scale) =
         (numbers([2, 4], 0.3), numbers([3, 2], 1.9), numbers([1, 3], 0.4) + 2.0, 1.5);
-    let pair = LoraPair { a: a.clone(), b: b.clone(), scale, magnitude: Some(magnitude.clone()) };
+    let pair =
+        LoraPair { a: a.clone(), b: b.clone(), scale, magnitude: Some(magnitude.clone()), start: None };
     let adapter = Adapter { config: LoraConfig::default(), pairs: [("l".to_owned(), pair)].into() };
     let layer =
         LoraLinear::new("l".into(), FrozenLinear::new(weight.clone(), Some(bias.clone().reshape([3]))));
