@@ -51,7 +51,7 @@ fn tokenizer_json(path: &Path) -> Result<Tokenizer, DataError> {
     let bytes = files::read(path, "read the tokenizer")?;
     let text = files::text(path, &bytes)?;
     let error = |message: String| DataError::Tokenizer { place: path.display().to_string(), message };
-    check_merges(text).map_err(error)?;
+    check(text).map_err(error)?;
     Tokenizer::from_bytes(text).map_err(|e| error(format!("not a valid tokenizer.json: {e}")))
 }
 
@@ -205,14 +205,17 @@ fn added_in_front(tokenizer: &Tokenizer) -> Result<Option<u32>, String> {
     })
 }
 
-/// The part of `tokenizer.json` that holds a BPE's merges.
+/// The parts of `tokenizer.json` that the tokenizers crate takes as they are.
 #[derive(Deserialize)]
-struct Merges {
-    model: MergesModel,
+struct File {
+    model: Model,
+    #[serde(default)]
+    post_processor: Value,
 }
 
+/// Of a BPE.
 #[derive(Deserialize)]
-struct MergesModel {
+struct Model {
     #[serde(default)]
     vocab: Value,
     #[serde(default)]
@@ -226,12 +229,40 @@ enum Merge {
     Line(String),
 }
 
-/// The tokenizers crate panics on a merge whose result is longer than every token; refuse such a file first.
-fn check_merges(text: &str) -> Result<(), String> {
-    let file: Merges = serde_json::from_str(text).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
-    let Value::Object(vocab) = &file.model.vocab else { return Ok(()) };
+/// The tokenizers crate panics on what is wrong in these; refuse such a file first.
+fn check(text: &str) -> Result<(), String> {
+    let file: File = serde_json::from_str(text).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
+    check_merges(&file.model)?;
+    check_post_processor(&file.post_processor)
+}
+
+/// Whether the template of a single text asks for no more than there is.
+fn check_post_processor(processor: &Value) -> Result<(), String> {
+    if let Some(Value::Array(several)) = processor.get("processors") {
+        return several.iter().try_for_each(check_post_processor);
+    }
+    let Some(Value::Array(pieces)) = processor.get("single") else { return Ok(()) };
+    for piece in pieces {
+        let id = |kind: &str| piece.get(kind)?.get("id")?.as_str();
+        if id("Sequence") == Some("B") {
+            return Err("the post_processor's template of a single text asks for a second one, B".to_owned());
+        }
+        let known =
+            |token: &&str| processor.get("special_tokens").is_some_and(|all| all.get(token).is_some());
+        if let Some(token) = id("SpecialToken").filter(|token| !known(token)) {
+            return Err(format!(
+                "the post_processor's template names {token:?}, which is not among its special_tokens"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether every merge's parts and result are tokens.
+fn check_merges(model: &Model) -> Result<(), String> {
+    let Value::Object(vocab) = &model.vocab else { return Ok(()) };
     let tokens: HashSet<&str> = vocab.keys().map(String::as_str).collect();
-    for (number, merge) in file.model.merges.iter().enumerate() {
+    for (number, merge) in model.merges.iter().enumerate() {
         let (left, right) = match merge {
             Merge::Pair(left, right) => (left.as_str(), right.as_str()),
             Merge::Line(line) => line

@@ -184,6 +184,26 @@ fn damaged_files_are_errors_that_name_them() {
     assert!(error.contains("merge 0 needs the token \"ab\""), "{error}");
 }
 
+/// The tokenizers crate panics on both.
+#[test]
+fn a_post_processor_that_asks_for_more_than_there_is_is_refused() {
+    let names =
+        json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
+    let second = json!([{"Sequence": {"id": "B", "type_id": 0}}]);
+    for (single, told) in
+        [(names, "\"<s>\", which is not among its special_tokens"), (second, "a second one, B")]
+    {
+        let template =
+            json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}});
+        for processor in [template.clone(), json!({"type": "Sequence", "processors": [template]})] {
+            let dir = saved(&smollm());
+            edit(dir.path(), "tokenizer.json", |file| file["post_processor"] = processor);
+            let error = TextTokenizer::from_dir(dir.path()).unwrap_err().to_string();
+            assert!(error.contains("tokenizer.json") && error.contains(told), "{error}");
+        }
+    }
+}
+
 #[test]
 fn a_stream_gives_the_same_text_in_whole_characters() {
     for tokenizer in [smollm(), llama2()] {
