@@ -95,8 +95,7 @@ def test_merged_smollm2(smollm2, smollm2_merged_f32):
 
 def test_merged_smollm2_in_float16(gguf, smollm2, smollm2_hf, smollm2_adapter, smollm2_merged_f32, tmp_path):
     """The file is llama.cpp's own float16 bit by bit; computed as exactly as it can be, it is within the goal. As llama.cpp
-    runs it, it is within the goal of a reference with llama.cpp's rounding. That is not more alike: a number that is rounded the
-    other way changes all that come after it a little, and thirty layers make of a nudge what they make of the rounding."""
+    runs it, it is within the goal of a reference that rounds weights and inputs too, though not nearer to it than 1e-2."""
     ids, exact = smollm2
     merge_gguf(gguf, smollm2_adapter, tmp_path / "out", "f16")
     ours = tmp_path / "out" / "model.gguf"
@@ -112,20 +111,6 @@ def test_merged_smollm2_in_float16(gguf, smollm2, smollm2_hf, smollm2_adapter, s
     largest_difference("SmolLM2, merged f16 as llama.cpp runs it", found, exact)
     rounded = expected_after(with_float16_inputs(model), ids)
     assert largest_difference("SmolLM2, merged f16, rounded alike", found, rounded) < 2e-2
-
-
-@pytest.mark.parametrize("name", ["gqa", "tied", "bias", "head-dim"])
-def test_float16_rounds_as_ggml_does(name, tmp_path):
-    """Two layers are too few for roundings to grow: with them in the reference, hardly a difference is left."""
-    base, ids = GOLDEN / f"tiny-{name}", token_ids(name)
-    adapter = save_random_adapter(base, tmp_path / "adapter", "all-linear", std=0.1)
-    merge_gguf(base, adapter, tmp_path / "out", "f16")
-    model = with_float16_weights(load(base, adapter).merge_and_unload())
-    plain = expected_after(model, ids)
-    found = LlamaCpp(tmp_path / "out" / "model.gguf").after(ids, plain.shape[1])
-    without = largest_difference(f"tiny-{name}, merged f16, weights alike", found, plain)
-    within = largest_difference(f"tiny-{name}, merged f16, rounded alike", found, expected_after(with_float16_inputs(model), ids))
-    assert within < 1e-3 and within < without
 
 
 def merge_gguf(base, adapter, out, kind):
