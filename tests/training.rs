@@ -273,6 +273,15 @@ fn a_profile_shows_the_parts_of_every_step() {
         for name in ["forward", "recompute", "backward"] {
             assert_eq!(count(name), 2 * count("micro_batch"), "{name}");
         }
+        // Saves are written while the next step computes.
+        let lane = |number: u64| events.iter().filter(move |event| event["tid"] == number);
+        let time = |event: &serde_json::Value, key: &str| event[key].as_f64().unwrap();
+        let (begin, end) = (|e| time(e, "ts"), |e| time(e, "ts") + time(e, "dur"));
+        let steps: Vec<_> = lane(1).filter(|event| event["name"] == "step").collect();
+        let meanwhile = lane(2)
+            .filter(|save| steps.iter().any(|step| begin(step) < end(save) && begin(save) < end(step)));
+        assert!(meanwhile.count() > 0, "{events:#?}");
+        assert!(lane(2).all(|event| event["name"] == "save"));
         assert!(count("save") >= 4 && count("eval") == 3 && count("product") > 100 && count("attention") > 8);
     }
     let shop = Workshop::new();

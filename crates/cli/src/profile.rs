@@ -98,6 +98,11 @@ impl Drop for EndOfTrace {
     }
 }
 
+/// The thread as a trace shows it: the one that trains, or the one that writes saves meanwhile.
+fn lane() -> u32 {
+    if std::thread::current().name() == Some("save") { 2 } else { 1 }
+}
+
 /// The fields of a span, such as its layer.
 #[derive(Default)]
 struct Fields(Map<String, Value>);
@@ -131,7 +136,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Trace {
             "ts": microseconds(self.start.elapsed().saturating_sub(took)),
             "dur": microseconds(took),
             "pid": 1,
-            "tid": 1, // whatever is a span here happens on the one thread that trains
+            "tid": lane(),
             "args": span.extensions().get::<Fields>().map(|fields| fields.0.clone()),
         });
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);

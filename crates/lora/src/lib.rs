@@ -30,7 +30,7 @@ pub use factors::{LowRankFactors, low_rank_factors};
 pub use init::{InitLoraWeights, LoftQConfig};
 pub use linear::{ForwardMode, LoraLinear, low_rank_update};
 pub use patterns::Patterns;
-pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, quantized_bits_of};
+pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, base_of, quantized_bits_of};
 pub use start::StartFactors;
 pub use summary::ModuleSummary;
 pub use tensors::{Factor, TensorName};

@@ -38,6 +38,37 @@ fn file_shape(factor: Factor, [rows, columns]: [usize; 2]) -> Vec<usize> {
     if factor == Factor::Magnitude { vec![columns] } else { vec![rows, columns] }
 }
 
+/// An adapter as its files will be, in the host's memory: whatever becomes of its tensors meanwhile.
+#[derive(Debug, Clone)]
+pub struct AdapterFiles {
+    config: String,
+    weights: Vec<u8>,
+}
+
+impl AdapterFiles {
+    /// Writes them as [`Adapter::save`] does.
+    pub fn write(&self, dir: &Path) -> Result<(), LoraError> {
+        let existed = dir.exists();
+        let written = self.write_both(dir);
+        if written.is_err() && !existed {
+            let _ = fs::remove_dir_all(dir); // it may not even have been made
+        }
+        written
+    }
+
+    fn write_both(&self, dir: &Path) -> Result<(), LoraError> {
+        fs::create_dir_all(dir).map_err(|source| LoraError::Io { path: dir.into(), source })?;
+        write(&dir.join(ADAPTER_CONFIG), self.config.as_bytes())?;
+        let path = dir.join(ADAPTER_WEIGHTS);
+        write(&path, &self.weights)?;
+        if read(&path)? != self.weights {
+            let problem = "the file reads back different from what was written".into();
+            return Err(LoraError::NotSaved { path, problem });
+        }
+        Ok(())
+    }
+}
+
 impl Adapter {
     /// Writes the adapter into `dir`, each file beside its name and then renamed, and reads the
     /// weights back. `base` is what `base_model_name_or_path` will say.
@@ -49,18 +80,14 @@ impl Adapter {
     ///
     /// A directory that was not there before is there afterwards with both files, or not at all.
     pub fn save(&self, dir: &Path, base: &str, fresh: bool) -> Result<(), LoraError> {
-        let existed = dir.exists();
-        let saved = self.standalone().save_files(dir, base, fresh);
-        if saved.is_err() && !existed {
-            let _ = fs::remove_dir_all(dir); // it may not even have been made
-        }
-        saved
+        self.files(dir, base, fresh)?.write(dir)
     }
 
-    fn save_files(&self, dir: &Path, base: &str, fresh: bool) -> Result<(), LoraError> {
-        let weights = dir.join(ADAPTER_WEIGHTS);
-        let not_saved = |problem: String| LoraError::NotSaved { path: weights.clone(), problem };
-        let tensors = self.host_tensors()?;
+    /// What [`Adapter::save`] would write now, for who writes it later or on another thread.
+    pub fn files(&self, dir: &Path, base: &str, fresh: bool) -> Result<AdapterFiles, LoraError> {
+        let not_saved = |problem: String| LoraError::NotSaved { path: dir.join(ADAPTER_WEIGHTS), problem };
+        let adapter = self.standalone();
+        let tensors = adapter.host_tensors()?;
         if tensors.iter().any(|(_, _, values)| values.iter().any(|x| !x.is_finite())) {
             return Err(not_saved("it holds numbers that are not finite".into()));
         }
@@ -69,15 +96,9 @@ impl Adapter {
         if !fresh && tensors.iter().all(zero) {
             return Err(not_saved("every B is zero after training, so nothing was learned".into()));
         }
-        let bytes = serialize(&tensors).map_err(|e| not_saved(e.to_string()))?;
-        fs::create_dir_all(dir).map_err(|source| LoraError::Io { path: dir.into(), source })?;
-        let config = config_file::to_json(&self.config, &self.target_names(), base);
-        write(&dir.join(ADAPTER_CONFIG), config.as_bytes())?;
-        write(&weights, &bytes)?;
-        if read(&weights)? != bytes {
-            return Err(not_saved("the file reads back different from what was written".into()));
-        }
-        Ok(())
+        let weights = serialize(&tensors).map_err(|e| not_saved(e.to_string()))?;
+        let config = config_file::to_json(&adapter.config, &adapter.target_names(), base);
+        Ok(AdapterFiles { config, weights })
     }
 
     /// Reads an adapter directory that PEFT, or this crate, has written, and checks it against

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_kernels::{AdamWState, Blockwise};
-use pronk_lora::{Adapter, ModuleShape};
+use pronk_lora::{Adapter, AdapterFiles, ModuleShape};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -89,25 +89,42 @@ impl Checkpoint {
     }
 }
 
-/// Writes a checkpoint as a whole, and removes what `config` does not keep.
-pub fn save(
-    folder: &RunFolder,
-    state: &TrainerState,
-    adapter: &Adapter,
-    optimizer: &Optimizer,
-    base: &str,
-    config: &TrainConfig,
-) -> Result<(), TrainError> {
-    publish(&folder.checkpoints().join(name(state.step)), |dir| {
-        adapter.save(dir, base, true)?;
-        RunFolder::write(&dir.join(STATES), &states_to_bytes(optimizer, dir)?)?;
-        let text = serde_json::to_vec_pretty(state)
-            .map_err(|e| TrainError::Io { path: dir.join(STATE), source: e.into() })?;
-        RunFolder::write(&dir.join(STATE), &text)
-    })?;
-    let all = list(folder);
-    let kept = kept(&all, state.step, config, |path| read_state(path).ok()?.eval_loss);
-    all.iter().filter(|(step, _)| !kept.contains(step)).try_for_each(|(_, path)| withdraw(path))
+/// A checkpoint's files as they will be, in the host's memory, so that the run can go on while they are written.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    dest: PathBuf,
+    state: TrainerState,
+    adapter: AdapterFiles,
+    optimizer: Vec<u8>,
+}
+
+impl Snapshot {
+    /// Of a run that lies in `folder`.
+    pub(crate) fn take(
+        folder: &RunFolder,
+        state: &TrainerState,
+        adapter: &Adapter,
+        optimizer: &Optimizer,
+        base: &str,
+    ) -> Result<Self, TrainError> {
+        let dest = folder.checkpoints().join(name(state.step));
+        let (adapter, optimizer) = (adapter.files(&dest, base, true)?, states_to_bytes(optimizer, &dest)?);
+        Ok(Self { dest, state: state.clone(), adapter, optimizer })
+    }
+
+    /// Writes the checkpoint as a whole, and removes those that `config` does not keep.
+    pub(crate) fn write(&self, folder: &RunFolder, config: &TrainConfig) -> Result<(), TrainError> {
+        publish(&self.dest, |dir| {
+            self.adapter.write(dir)?;
+            RunFolder::write(&dir.join(STATES), &self.optimizer)?;
+            let text = serde_json::to_vec_pretty(&self.state)
+                .map_err(|e| TrainError::Io { path: dir.join(STATE), source: e.into() })?;
+            RunFolder::write(&dir.join(STATE), &text)
+        })?;
+        let all = list(folder);
+        let kept = kept(&all, self.state.step, config, |path| read_state(path).ok()?.eval_loss);
+        all.iter().filter(|(step, _)| !kept.contains(step)).try_for_each(|(_, path)| withdraw(path))
+    }
 }
 
 /// The steps whose checkpoints stay when that of `newest` is written: the last ones, and those of the

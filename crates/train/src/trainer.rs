@@ -72,6 +72,7 @@ pub struct Trainer<'a> {
     optimizer: Optimizer,
     state: TrainerState,
     memory: MemoryPlan,
+    save_under_way: Option<saving::SaveUnderWay>,
 }
 
 impl<'a> Trainer<'a> {
@@ -113,6 +114,7 @@ impl<'a> Trainer<'a> {
             optimizer,
             state,
             memory,
+            save_under_way: None,
         };
         run.memory.check(&run.largest_micro_batch())?;
         Ok(run)
@@ -166,10 +168,12 @@ impl<'a> Trainer<'a> {
             self.folder.rewind_log(Some(self.state.step))?;
         }
         while self.state.step < self.plan.total_steps {
+            self.heed_save(observer, stop)?;
             let mut record = self.step(observer)?;
             let (done, last) = (self.state.step, self.state.step == self.plan.total_steps);
+            let mut is_best = false;
             if is_due(done, self.config.eval_steps) || (last && self.config.eval_steps > 0) {
-                record.eval_loss = self.evaluate_and_keep_best(observer, stop)?;
+                (record.eval_loss, is_best) = self.evaluate_and_compare()?;
             }
             self.saved(observer, stop, |run| run.folder.log(&record))?;
             observer.step(&record, self.plan.total_steps);
@@ -178,13 +182,14 @@ impl<'a> Trainer<'a> {
                 self.saved(observer, stop, Self::write_samples)?;
             }
             let stopping = !last && stop.load(Ordering::Relaxed);
-            if self.config.save_steps > 0 && (is_due(done, self.config.save_steps) || last || stopping) {
-                self.saved(observer, stop, Self::save_checkpoint)?;
-            }
+            let due = is_due(done, self.config.save_steps) || last || stopping;
+            self.begin_save(is_best, due && self.config.save_steps > 0, observer, stop)?;
             if stopping {
+                self.finish_save(observer, stop)?;
                 return Ok(Ending::Interrupted { step: done, saved: self.config.save_steps > 0 });
             }
         }
+        self.finish_save(observer, stop)?;
         if self.state.best.is_none() {
             self.saved(observer, stop, |run| run.save_adapter(None))?;
         }

@@ -43,7 +43,7 @@ impl Trainer<'_> {
 
     /// The same for the micro-batch of the rehearsal, which no step learns from.
     pub(super) fn rehearsed_not_finite(
-        &self,
+        &mut self,
         value: f64,
         observer: &mut dyn Observer,
     ) -> Result<(), TrainError> {

@@ -1,15 +1,19 @@
 //! What a run keeps, and what it does when the disk does not take it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use pronk_lora::AdapterFiles;
 use tracing::trace_span;
 
 use super::{Observer, Trainer};
+use crate::checkpoint::Snapshot;
 use crate::error::Kept;
 use crate::manifest::differences;
 use crate::publish::publish;
-use crate::{RunFolder, TrainError, checkpoint};
+use crate::{RunFolder, TrainConfig, TrainError, checkpoint};
 
 /// The first pause after a save that failed; each is twice as long as the one before.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -17,14 +21,76 @@ const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 /// How soon a pause hears of a wish to stop.
 const TICK: Duration = Duration::from_millis(100);
 
+/// What a run writes at one moment: the adapter to use, a state to go on from, or both. It lies in the host's memory,
+/// so that the next step may change what it was taken from.
+struct Save {
+    folder: RunFolder,
+    config: TrainConfig,
+    adapter: Option<AdapterFolder>,
+    checkpoint: Option<Snapshot>,
+}
+
+/// The adapter to use, with what lies beside it.
+struct AdapterFolder {
+    adapter: AdapterFiles,
+    /// The prompt template and the model card, by file name.
+    beside: [(&'static str, String); 2],
+}
+
+impl Save {
+    /// The adapter first: a checkpoint that tells of the best one must not be there before that is.
+    fn write(&self) -> Result<(), TrainError> {
+        let _save = trace_span!("save").entered();
+        if let Some(AdapterFolder { adapter, beside }) = &self.adapter {
+            publish(&self.folder.adapter(), |dir| {
+                adapter.write(dir)?;
+                let mut files = beside.iter();
+                files.try_for_each(|(name, text)| RunFolder::write(&dir.join(name), text.as_bytes()))
+            })?;
+        }
+        self.checkpoint.as_ref().map_or(Ok(()), |checkpoint| checkpoint.write(&self.folder, &self.config))
+    }
+}
+
+/// A save that a thread of its own writes while the run goes on.
+pub(super) struct SaveUnderWay {
+    save: Arc<Save>,
+    /// `None` where its end was waited for, or there could be no thread.
+    thread: Option<JoinHandle<Result<(), TrainError>>>,
+}
+
+impl SaveUnderWay {
+    fn begin(save: Save) -> Self {
+        let save = Arc::new(save);
+        let written = Arc::clone(&save);
+        let thread = thread::Builder::new().name("save".into()).spawn(move || written.write());
+        Self { save, thread: thread.ok() }
+    }
+
+    /// Waits for the thread, where there is one, and hands on what it came to. A panic there is one here.
+    fn end(&mut self) -> Option<Result<(), TrainError>> {
+        let ended = self.thread.take()?.join();
+        Some(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    }
+}
+
+impl Drop for SaveUnderWay {
+    /// A run that fails meanwhile still keeps what it was writing.
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join(); // the run's own failure is told, and the last good state with it
+        }
+    }
+}
+
 impl Trainer<'_> {
     /// Does `save`. While the system refuses, as a full disk does, the run pauses and tries again, until
     /// `train.save_patience` ends or `stop` is set.
     pub(super) fn saved(
-        &self,
+        &mut self,
         observer: &mut dyn Observer,
         stop: &AtomicBool,
-        save: impl Fn(&Self) -> Result<(), TrainError>,
+        mut save: impl FnMut(&Self) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
         let patience = Duration::from_secs(self.config.save_patience);
         let (started, mut pause) = (Instant::now(), FIRST_PAUSE);
@@ -58,31 +124,87 @@ impl Trainer<'_> {
     }
 
     /// The state that the run would go on from.
-    pub(super) fn kept(&self) -> Kept {
+    pub(super) fn kept(&mut self) -> Kept {
+        self.save_under_way = None; // it may be that of the save which is being written
         Kept(checkpoint::newest(&self.folder))
     }
 
-    pub(super) fn save_adapter(&self, eval_loss: Option<f64>) -> Result<(), TrainError> {
+    /// Begins to write the adapter where it is the best so far, and a checkpoint where that is `due`. The save
+    /// before is waited for, so that one at a time is written, in order.
+    pub(super) fn begin_save(
+        &mut self,
+        is_best: bool,
+        due: bool,
+        observer: &mut dyn Observer,
+        stop: &AtomicBool,
+    ) -> Result<(), TrainError> {
+        let usable = is_best || (due && self.has_learned() && self.state.best.is_none());
+        if !usable && !due {
+            return Ok(());
+        }
+        self.finish_save(observer, stop)?;
+        if due {
+            self.saved(observer, stop, |run| run.folder.seal_log())?;
+        }
+        let eval_loss = self.state.eval_loss.filter(|_| is_best);
+        let save = self.save_of(usable.then(|| self.adapter_folder(eval_loss)).transpose()?, due)?;
+        self.save_under_way = Some(SaveUnderWay::begin(save));
+        Ok(())
+    }
+
+    /// Hears of a save that has ended meanwhile: where it failed, the run pauses and writes the same once more.
+    pub(super) fn heed_save(
+        &mut self,
+        observer: &mut dyn Observer,
+        stop: &AtomicBool,
+    ) -> Result<(), TrainError> {
+        let is_over = |saving: &SaveUnderWay| saving.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        if self.save_under_way.as_ref().is_some_and(is_over) {
+            self.finish_save(observer, stop)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Waits for the save that is being written, if there is one.
+    pub(super) fn finish_save(
+        &mut self,
+        observer: &mut dyn Observer,
+        stop: &AtomicBool,
+    ) -> Result<(), TrainError> {
+        let Some(mut saving) = self.save_under_way.take() else { return Ok(()) };
+        let mut written = saving.end();
+        self.saved(observer, stop, |_| written.take().unwrap_or_else(|| saving.save.write()))
+    }
+
+    fn adapter_folder(&self, eval_loss: Option<f64>) -> Result<AdapterFolder, TrainError> {
         // What others load has to sit on layers that they know.
         let adapter = self.adapter.onto_packed(&self.decoder.config.adapter_modules());
         let eval = self.state.eval_before.zip(eval_loss);
         let card = self.card.to_markdown(&self.adapter.config, &self.config, self.state.step, eval);
-        publish(&self.folder.adapter(), |dir| {
-            adapter.save(dir, &self.card.base, false)?;
-            self.card.template.save(dir)?;
-            RunFolder::write(&dir.join("README.md"), card.as_bytes())
+        let template = self.card.template;
+        Ok(AdapterFolder {
+            adapter: adapter.files(&self.folder.adapter(), &self.card.base, false)?,
+            beside: [(template.file_name(), template.source().to_owned()), ("README.md", card)],
         })
     }
 
+    fn save_of(&self, adapter: Option<AdapterFolder>, checkpoint: bool) -> Result<Save, TrainError> {
+        let Self { folder, config, state, optimizer, .. } = self;
+        let snapshot = || Snapshot::take(folder, state, &self.adapter, optimizer, &self.card.base);
+        let checkpoint = checkpoint.then(snapshot).transpose()?;
+        Ok(Save { folder: folder.clone(), config: config.clone(), adapter, checkpoint })
+    }
+
+    /// Writes the adapter, and waits for it.
+    pub(super) fn save_adapter(&self, eval_loss: Option<f64>) -> Result<(), TrainError> {
+        self.save_of(Some(self.adapter_folder(eval_loss)?), false)?.write()
+    }
+
+    /// Writes a checkpoint, and waits for it.
     pub(super) fn save_checkpoint(&self) -> Result<(), TrainError> {
-        let _save = trace_span!("save").entered();
         self.folder.seal_log()?;
-        let Self { folder, state, adapter, optimizer, config, .. } = self;
-        checkpoint::save(folder, state, adapter, optimizer, &self.card.base, config)?;
-        if self.has_learned() && self.state.best.is_none() {
-            self.save_adapter(None)?;
-        }
-        Ok(())
+        self.save_of(None, true)?.write()
     }
 
     /// The first step of a warmup has a learning rate of zero: there is no adapter yet.
@@ -90,22 +212,19 @@ impl Trainer<'_> {
         self.state.step - self.state.skipped > u64::from(self.config.warmup_steps > 0)
     }
 
-    pub(super) fn evaluate_and_keep_best(
-        &mut self,
-        observer: &mut dyn Observer,
-        stop: &AtomicBool,
-    ) -> Result<Option<f64>, TrainError> {
+    /// Measures the loss on the held-out rows, and says whether it is the lowest so far.
+    pub(super) fn evaluate_and_compare(&mut self) -> Result<(Option<f64>, bool), TrainError> {
         if self.data.validation.is_empty() {
-            return Ok(None);
+            return Ok((None, false));
         }
         let loss = self.evaluate()?;
         self.state.eval_loss = Some(loss);
-        let is_best = loss.is_finite() && self.state.best.is_none_or(|(best, _)| loss < best);
-        if is_best && self.has_learned() {
+        let is_lowest = loss.is_finite() && self.state.best.is_none_or(|(best, _)| loss < best);
+        let is_best = is_lowest && self.has_learned();
+        if is_best {
             self.state.best = Some((loss, self.state.step));
-            self.saved(observer, stop, |run| run.save_adapter(Some(loss)))?;
         }
-        Ok(Some(loss))
+        Ok((Some(loss), is_best))
     }
 
     /// The adapter of the lowest eval loss lies in its own folder alone. Where it was taken away or damaged
