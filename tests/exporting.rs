@@ -34,8 +34,12 @@ fn every_runtime_is_told_how_to_load_it() {
         names.sort();
         names
     };
-    assert_eq!(names("out-ollama"), ["Modelfile", "adapter.gguf"]);
-    assert_eq!(names("out-mlx"), ["adapter_config.json", "adapters.safetensors"]);
+    assert_eq!(names("out-ollama"), ["Modelfile", "README.md", "adapter.gguf", "manifest.json"]);
+    assert_eq!(
+        names("out-mlx"),
+        ["README.md", "adapter_config.json", "adapters.safetensors", "manifest.json"]
+    );
+    shop.pronk(["verify", "out-mlx"]).succeeds();
 }
 
 #[test]

@@ -37,8 +37,11 @@ pub enum Command {
     Chat(Chat),
     /// Shows what a prepared file holds, what became of a run, or what a model computes
     Inspect(Inspect),
-    /// Takes every hash of a run, a checkpoint or an adapter again, and names what has changed
+    /// Takes every hash of a run, a checkpoint, an adapter, a merged model or an export again, and names what has
+    /// changed
     Verify(Verify),
+    /// Sends an adapter, a merged model or an export to a repository of the Hugging Face hub
+    Push(Push),
     /// Writes a base of a published shape with random weights, to measure with
     Synth(Synth),
     /// Lists the devices this binary can use
@@ -337,8 +340,29 @@ pub struct Chat {
 
 #[derive(Debug, Args)]
 pub struct Verify {
-    /// The folder: a run's, a checkpoint, or an adapter
+    /// The folder: a run's, a checkpoint, an adapter, a merged model, or an export
     pub dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct Push {
+    /// The folder: an adapter, a merged model, or an export
+    pub dir: PathBuf,
+    /// The repository; it is made where there is none
+    #[arg(long, value_name = "OWNER/NAME")]
+    pub repo: String,
+    /// The branch, which is made where there is none; left out, main
+    #[arg(long, value_name = "BRANCH")]
+    pub revision: Option<String>,
+    /// Let nobody else see the repository
+    #[arg(long)]
+    pub private: bool,
+    /// What the commit says
+    #[arg(long)]
+    pub message: Option<String>,
+    /// Send it; without, what would be sent is listed
+    #[arg(long)]
+    pub yes: bool,
 }
 
 #[derive(Debug, Args)]

@@ -65,12 +65,18 @@ fn locate(name: &str, folder: &Path) -> Result<PathBuf> {
         })
 }
 
+/// A base's name as other programs know it: of a hub id, not the revision behind it.
+pub fn without_revision(name: &str) -> &str {
+    match name.rsplit_once('@') {
+        Some((id, _)) if !Path::new(name).exists() => id,
+        _ => name,
+    }
+}
+
 /// Fetches a model repository's files, all of one revision, into the hub cache; those that are there already stay.
 fn download(name: &str) -> Result<PathBuf> {
-    let (id, revision) = match name.rsplit_once('@') {
-        Some((id, revision)) => (id, Some(revision)),
-        None => (name, None),
-    };
+    let id = without_revision(name);
+    let revision = name.strip_prefix(id).and_then(|rest| rest.strip_prefix('@'));
     let repo = Pinned::find(id, RepoType::Model, revision)?;
     let all = &repo.files;
     // PyTorch's own files hold the same weights again, where there are safetensors.

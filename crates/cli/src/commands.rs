@@ -11,6 +11,7 @@ mod inspect_run;
 mod merge;
 mod plan;
 pub mod prep;
+mod push;
 mod synth;
 mod train;
 mod verify;
@@ -46,6 +47,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
             }
         },
         Command::Verify(args) => return verify::run(&args),
+        Command::Push(args) => push::run(&args),
         Command::Synth(args) => return synth::run(&args),
         Command::Devices => {
             devices::run();

@@ -14,8 +14,9 @@ use pronk_lora::Adapter;
 use pronk_model::{Base, Decoder, Memory, StartWeights, WeightBytes};
 use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, TrainError, Trainer};
 
-use crate::base::OpenedBase;
+use crate::base::{OpenedBase, without_revision};
 use crate::commands::prep;
+use crate::model_card::Making;
 use crate::progress;
 use crate::recipe::{Quantize, Recipe};
 use crate::run_lock::{LockedFile, RunLock};
@@ -42,8 +43,8 @@ pub struct LoadedRun {
     /// With all sizes filled in.
     pub recipe: Recipe,
     pub opened: OpenedBase,
-    /// The base before it was quantized.
-    origin: LockedFile,
+    /// What it is made of; the base as it was before it was quantized.
+    pub lock: RunLock,
     pub template: PromptTemplate,
     pub data: PreparedDataset,
     pub micro_batches: MicroBatches,
@@ -80,7 +81,7 @@ impl LoadedRun {
         write_recipe(&recipe, folder)?;
         opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
         let stop = stop_on_signal("finishing this step, then saving")?;
-        let origin = LockedFile::of_base(&opened.base)?;
+        let lock = RunLock::new(&recipe, LockedFile::of_base(&opened.base)?)?;
         let opened = match recipe.base.quantize.scheme() {
             None => opened,
             Some(scheme) => match opened.quantized(scheme, &stop)? {
@@ -89,23 +90,18 @@ impl LoadedRun {
             },
         };
         let decoder = opened.load(device, recipe.base.load_config())?;
-        Ok(Some(Self { recipe, opened, origin, template, data, micro_batches, decoder, stop }))
-    }
-
-    /// What the run is made of.
-    pub fn lock(&self) -> Result<RunLock> {
-        RunLock::new(&self.recipe, self.origin.clone())
+        Ok(Some(Self { recipe, opened, lock, template, data, micro_batches, decoder, stop }))
     }
 
     /// What training starts from: an adapter that there is, or a fresh one.
     fn initial_adapter(&self) -> Result<Adapter> {
-        let Self { recipe, opened, origin, decoder, .. } = self;
+        let Self { recipe, opened, lock, decoder, .. } = self;
         if let Some(dir) = &recipe.lora.init_adapter {
             return adapter_to_start_from(dir, recipe, opened, decoder);
         }
         let original = match recipe.base.quantize {
             Quantize::None => None,
-            _ => Some(Base::open(&origin.path).into_diagnostic()?),
+            _ => Some(Base::open(&lock.base.path).into_diagnostic()?),
         };
         let weights = StartWeights { base: &opened.base, original: original.as_ref() };
         let bar = progress::bar("decomposing weights", 0);
@@ -120,12 +116,15 @@ impl LoadedRun {
 
     /// The run, before its first step.
     pub fn trainer(&self, folder: RunFolder) -> Result<Trainer<'_>> {
-        let Self { recipe, opened, template, data, micro_batches, decoder, .. } = self;
+        let Self { recipe, opened, lock, template, data, micro_batches, decoder, .. } = self;
+        let adapter = self.initial_adapter()?;
         let card = ModelCard {
-            base: opened.name.clone(),
-            data: recipe.data.file_names(),
+            base: without_revision(&opened.name).to_owned(),
+            opening: Making::new(opened, &adapter, Some(template))?.of_adapter(),
+            data: lock.data.iter().map(LockedFile::named).collect(),
             template,
             data_key: data.key.clone(),
+            recipe: recipe.to_public_toml()?,
         };
         let computes_in = Memory::of(decoder.device());
         let weights = WeightBytes::of(&opened.base, recipe.base.load_config(), None, computes_in);
@@ -137,7 +136,7 @@ impl LoadedRun {
             recipe.data.order,
             *micro_batches,
             recipe.train.clone(),
-            self.initial_adapter()?,
+            adapter,
             folder,
             card,
             Samples::new(sample_prompts(recipe, data, &opened.tokenizer, template)?, SAMPLE_TOKENS),

@@ -11,6 +11,7 @@ mod gguf_keys;
 mod hub;
 mod internal_error;
 mod loaded;
+mod model_card;
 mod modelfile;
 mod profile;
 mod progress;
@@ -21,6 +22,7 @@ mod sizes;
 mod speaker;
 mod speed;
 mod terminal;
+mod upload;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;

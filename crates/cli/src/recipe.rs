@@ -147,14 +147,6 @@ impl From<FileEntry> for DataFile {
     }
 }
 
-impl DataTable {
-    /// The files' names without their folders.
-    pub fn file_names(&self) -> Vec<String> {
-        let files = self.files.iter().cloned().map(DataFile::from);
-        files.filter_map(|file| Some(file.path.file_name()?.to_str()?.to_owned())).collect()
-    }
-}
-
 impl Default for DataTable {
     fn default() -> Self {
         Self {
@@ -326,6 +318,25 @@ impl Recipe {
     /// The recipe with every default filled in, as it is saved with its run.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).into_diagnostic()
+    }
+
+    /// The same for others to read: of paths on this machine only the last part, of the run's nothing.
+    pub fn to_public_toml(&self) -> Result<String> {
+        let mut public = self.clone();
+        let shorten = |path: &mut PathBuf| {
+            if let Some(name) = path.file_name().filter(|_| path.is_absolute()) {
+                *path = name.into();
+            }
+        };
+        public.data.files.iter_mut().map(FileEntry::path_mut).for_each(shorten);
+        public.lora.init_adapter.iter_mut().for_each(shorten);
+        public.run.dir = "run".into();
+        for name in [&mut public.base.path, &mut public.data.template] {
+            let mut path = PathBuf::from(&*name);
+            shorten(&mut path);
+            *name = path.display().to_string();
+        }
+        public.to_toml()
     }
 
     /// What the data crate needs of it, with rows of at most `max_seq_len` tokens.

@@ -130,6 +130,12 @@ impl LockedFile {
     pub fn of_base(base: &Base) -> Result<Self> {
         Ok(Self { path: base.path.clone(), sha256: base.fingerprint().into_diagnostic()? })
     }
+
+    /// Its name without its folder, and its hash.
+    pub fn named(&self) -> (String, String) {
+        let name = self.path.file_name().unwrap_or(self.path.as_os_str());
+        (name.to_string_lossy().into_owned(), self.sha256.clone())
+    }
 }
 
 impl Session {

@@ -31,7 +31,7 @@ impl Runtime {
     pub const ALL: [Self; 6] = [Self::Peft, Self::Gguf, Self::Mlx, Self::Ollama, Self::Vllm, Self::MistralRs];
 
     /// Why it could not load `adapter` onto `base`; each reason with what to do. Nothing where it can.
-    pub(crate) fn refusals(self, base: &Base, adapter: &Adapter) -> Vec<String> {
+    pub fn refusals(self, base: &Base, adapter: &Adapter) -> Vec<String> {
         let merge = "merge the adapter into the base instead (pronk merge)";
         let mut refusals = Vec::new();
         let knows_dora = matches!(self, Self::Peft | Self::Mlx);
@@ -71,14 +71,20 @@ impl Runtime {
                 "{self} wants the Hugging Face directory that {path} was made from as the base"
             ));
         }
-        let rank = widest(adapter);
-        if self == Self::Vllm && rank > VLLM_RANKS[0] {
-            let room = VLLM_RANKS.into_iter().filter(|room| *room >= rank).min().unwrap_or(rank);
+        if let (Self::Vllm, Some(room)) = (self, Self::max_lora_rank(adapter)) {
+            let rank = widest(adapter);
             notes.push(format!(
                 "rank {rank} is over vLLM's default of 16: start it with --max-lora-rank {room}"
             ));
         }
         notes
+    }
+
+    /// What vLLM has to be told to make room for, where the ranks of `adapter` are above its default.
+    pub fn max_lora_rank(adapter: &Adapter) -> Option<usize> {
+        let rank = widest(adapter);
+        let room = VLLM_RANKS.into_iter().filter(|room| *room >= rank).min().unwrap_or(rank);
+        (rank > VLLM_RANKS[0]).then_some(room)
     }
 }
 

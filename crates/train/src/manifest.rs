@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::{RunFolder, TrainError};
 
 /// Its file name.
-pub(crate) const MANIFEST: &str = "manifest.json";
+pub const MANIFEST: &str = "manifest.json";
 const VERSION: u32 = 1;
 /// More than any manifest of ours takes.
 const MAX_BYTES: u64 = 1 << 20;

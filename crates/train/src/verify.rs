@@ -20,6 +20,11 @@ impl Verified {
     }
 }
 
+/// Writes down beside all files that are in `dir` now what they hold, for [`verify`].
+pub fn seal(dir: &Path) -> Result<(), TrainError> {
+    Manifest::of_folder(dir)?.write(dir)
+}
+
 /// Takes every hash again of what pronk wrote into `dir`: a run's folder with its adapter and its checkpoints, or one of these alone.
 pub fn verify(dir: &Path) -> Result<Verified, TrainError> {
     let folder = RunFolder::look(dir);

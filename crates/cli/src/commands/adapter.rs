@@ -7,6 +7,7 @@ use pronk_data::{CHAT_TEMPLATE, PROMPT_TEMPLATE};
 use pronk_export::Extraction;
 use pronk_kernels::open_device;
 use pronk_lora::{Adapter, AllLinear, Combination, LoraConfig, ModuleSummary, TargetModules, base_of};
+use pronk_train::seal;
 
 use crate::args::{Combine, Extract, Method};
 use crate::terminal::print;
@@ -116,6 +117,7 @@ pub fn combine(args: &Combine) -> Result<()> {
     let combined = Adapter::combine(&weighted, how).into_diagnostic()?;
     combined.save(&args.out, &base, false).into_diagnostic()?;
     copy_common_template(dirs, &args.out)?;
+    seal(&args.out).into_diagnostic()?;
     let modules = combined.summary().into_diagnostic()?;
     print(&describe(&combined, &modules, Some(&base)));
     Ok(())
@@ -145,6 +147,7 @@ pub fn extract(args: &Extract) -> Result<()> {
     bar.finish_and_clear();
     let extraction = extraction.into_diagnostic()?;
     extraction.adapter.save(&args.out, &base.name, false).into_diagnostic()?;
+    seal(&args.out).into_diagnostic()?;
     print(&kept(&extraction));
     Ok(())
 }

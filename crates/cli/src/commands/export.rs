@@ -6,8 +6,10 @@ use pronk_data::PromptTemplate;
 use pronk_export::{ExportOptions, ExportReport, Runtime, export};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
+use pronk_train::seal;
 
 use crate::args::Export;
+use crate::model_card::{CARD, Making, with_training};
 use crate::modelfile::Modelfile;
 use crate::terminal::print;
 use crate::{base, proof};
@@ -20,7 +22,7 @@ pub fn run(args: &Export) -> Result<()> {
     let adapter = Adapter::load(&args.adapter, &modules, &device).into_diagnostic()?;
     let options = ExportOptions {
         runtime: args.to,
-        base_name: opened.lasting_name(),
+        base_name: base::without_revision(&opened.lasting_name()).to_owned(),
         prompt: proof::prompt(&opened, &args.adapter)?,
     };
     let trained_with = PromptTemplate::of_adapter(&args.adapter, &opened.tokenizer).into_diagnostic()?;
@@ -33,11 +35,14 @@ pub fn run(args: &Export) -> Result<()> {
         }
         _ => None,
     };
+    let card = Making::new(&opened, &adapter, trained_with.as_ref())?.of_export(args.to);
     let mut finish = |dir: &Path| {
+        fs::write(dir.join(CARD), with_training(&card, &args.adapter))?;
         if let Some(modelfile) = &modelfile {
             fs::write(dir.join("Modelfile"), modelfile.to_string())?;
         }
-        Ok(trained_with.iter().try_for_each(|template| template.save(dir))?)
+        trained_with.iter().try_for_each(|template| template.save(dir))?;
+        Ok(seal(dir)?)
     };
     let report = export(&opened.base, &adapter, &args.out, &options, &device, &mut finish);
     let ExportReport { files, adapted, notes, verification } = report.into_diagnostic()?;

@@ -10,9 +10,11 @@ use pronk_export::{
 use pronk_kernels::open_device;
 use pronk_lora::{Adapter, quantized_bits_of};
 use pronk_model::{Base, GgufValue};
+use pronk_train::seal;
 
 use crate::args::{self, Merge, MergeFormat};
 use crate::base::OpenedBase;
+use crate::model_card::{CARD, Making, with_training};
 use crate::modelfile::Modelfile;
 use crate::terminal::print;
 use crate::{base, gguf_keys, progress, proof};
@@ -95,11 +97,14 @@ impl Merging<'_> {
         });
         let options = MergeOptions { dtype, prompt: prompt.to_vec(), ..MergeOptions::default() };
         let trained_with = PromptTemplate::of_adapter(&args.adapter, &opened.tokenizer).into_diagnostic()?;
+        let card = Making::new(opened, adapter, trained_with.as_ref())?.of_merged(&args.adapter);
         let mut finish = |dir: &Path| {
             if opened.base.gguf().is_some() {
                 opened.tokenizer.save(dir)?;
             }
-            Ok(trained_with.iter().try_for_each(|template| template.save(dir))?)
+            fs::write(dir.join(CARD), with_training(&card, &args.adapter))?;
+            trained_with.iter().try_for_each(|template| template.save(dir))?;
+            Ok(seal(dir)?)
         };
         merge(&opened.base, adapter, &args.out, &options, device, progress, &mut finish).into_diagnostic()
     }
@@ -122,11 +127,15 @@ impl Merging<'_> {
         if let Err(error) = &modelfile {
             eprintln!("note: without a Modelfile for Ollama: {error}");
         }
+        let making = Making::new(opened, adapter, Some(&template))?;
+        let card = making.of_merged_gguf(&args.adapter, modelfile.is_ok());
         let mut finish = |dir: &Path| {
+            fs::write(dir.join(CARD), with_training(&card, &args.adapter))?;
             if let Ok(modelfile) = &modelfile {
                 fs::write(dir.join("Modelfile"), modelfile.to_string())?;
             }
-            Ok(template.save(dir)?)
+            template.save(dir)?;
+            Ok(seal(dir)?)
         };
         let finish: &mut Finish = &mut finish;
         let options = GgufMergeOptions { kind: args.gguf_type, metadata, prompt: prompt.to_vec() };

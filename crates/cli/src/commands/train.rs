@@ -80,7 +80,7 @@ fn begin_session(folder: &RunFolder, loaded: &LoadedRun, session: Session) -> Re
     if let Some(note) = before.as_ref().and_then(|lock| lock.last_session()?.differences(&session)) {
         say(&format!("note: {note}"));
     }
-    let mut lock = loaded.lock()?;
+    let mut lock = loaded.lock.clone();
     lock.sessions = before.map(|lock| lock.sessions).unwrap_or_default();
     lock.sessions.push(session);
     lock.write(folder)

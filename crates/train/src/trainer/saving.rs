@@ -181,7 +181,7 @@ impl Trainer<'_> {
         // What others load has to sit on layers that they know.
         let adapter = self.adapter.onto_packed(&self.decoder.config.adapter_modules());
         let eval = self.state.eval_before.zip(eval_loss);
-        let card = self.card.to_markdown(&self.adapter.config, &self.config, self.state.step, eval);
+        let card = self.card.to_markdown(&self.adapter.config, self.state.step, eval);
         let template = self.card.template;
         Ok(AdapterFolder {
             adapter: adapter.files(&self.folder.adapter(), &self.card.base, false)?,
