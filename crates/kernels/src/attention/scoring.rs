@@ -34,7 +34,7 @@ impl Scoring {
 /// Caps `scores`, and puts the slope of the cap at each in `slopes`: `1 - tanh(score / c)^2`.
 pub fn cap(scores: &mut [f32], c: f32, slopes: &mut Vec<f32>) {
     slopes.resize(scores.len(), 0.0);
-    widest(|| {
+    widest!(|| {
         for (score, slope) in scores.iter_mut().zip(slopes) {
             let tanh = tanh(*score / c);
             *score = c * tanh;

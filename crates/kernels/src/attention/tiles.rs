@@ -165,7 +165,7 @@ impl<'a> Task<'a> {
             self.score(tile_q, self.keys(k, &tile), scores, caps);
             sums.clear();
             let rows = self.rows(&tile, scores);
-            widest(|| sums.extend(rows.map(|(row, sees)| exponentials(row, sees))));
+            widest!(|| sums.extend(rows.map(|(row, sees)| exponentials(row, sees))));
             let products = resized(products, tile_q.len());
             let weights = Matrix::rows(scores, tile.keys.len());
             multiply(weights, self.keys(v, &tile), MatrixMut::rows(products, dim), false, precision);
@@ -210,7 +210,7 @@ impl<'a> Task<'a> {
             let dy = Matrix::rows(tile_dy, dim);
             self.score(tile_q, keys, scores, caps);
             let rows = self.rows(&tile, scores).zip(&*tops);
-            widest(|| rows.for_each(|((row, sees), top)| _ = exponentials_below(row, sees, *top)));
+            widest!(|| rows.for_each(|((row, sees), top)| _ = exponentials_below(row, sees, *top)));
             let width = tile.keys.len();
             let of_tile = |gradient| MatrixMut::new(gradient, [dim, width], all);
             let dv = of_tile(&mut dv[tile.keys.start..]);
@@ -218,7 +218,7 @@ impl<'a> Task<'a> {
             let slopes = resized(slopes, scores.len());
             multiply(dy, values.transposed(), MatrixMut::rows(slopes, width), false, precision);
             let rows = scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width));
-            widest(|| rows.for_each(|(weights, slopes)| pull_back(weights, slopes)));
+            widest!(|| rows.for_each(|(weights, slopes)| pull_back(weights, slopes)));
             for (slope, cap) in slopes.iter_mut().zip(&*caps) {
                 *slope *= cap;
             }

@@ -17,7 +17,7 @@ pub fn losses_and_slopes(logits: Rewritten, targets: &[u32], losses: &mut [f32])
     let vocab = logits.len() / targets.len().max(1);
     assert_eq!(vocab * targets.len(), logits.len(), "a target for every row");
     let rows = logits.pieces(vocab.max(1)).zip(targets).zip(losses);
-    rows.for_each(|((row, &target), loss)| *loss = widest(|| softmax_less_target(row, target as usize)));
+    rows.for_each(|((row, &target), loss)| *loss = widest!(|| softmax_less_target(row, target as usize)));
 }
 
 #[inline(always)]

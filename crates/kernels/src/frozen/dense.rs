@@ -9,9 +9,9 @@ use super::{Format, wide::widest};
 /// If the format is none of F32, F16 and Bf16, which the matrix has checked.
 pub fn dequantize(format: Format, bytes: &[u8], out: &mut [f32]) {
     match format {
-        Format::F32 => widest(|| each(bytes, out, f32::from_le_bytes)),
-        Format::F16 => widest(|| each(bytes, out, f16)),
-        Format::Bf16 => widest(|| each(bytes, out, bf16)),
+        Format::F32 => widest!(|| each(bytes, out, f32::from_le_bytes)),
+        Format::F16 => widest!(|| each(bytes, out, f16)),
+        Format::Bf16 => widest!(|| each(bytes, out, bf16)),
         _ => unreachable!("{format} is not a format of plain floats"),
     }
 }

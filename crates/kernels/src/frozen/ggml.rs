@@ -12,14 +12,14 @@ use super::{Format, wide::widest};
 /// If the format is none of llama.cpp's, which the matrix has checked.
 pub fn dequantize(format: Format, blocks: &[u8], out: &mut [f32]) {
     match format {
-        Format::Q4_0 => widest(|| each(blocks, out, q4_0)),
-        Format::Q4_1 => widest(|| each(blocks, out, q4_1)),
-        Format::Q5_0 => widest(|| each(blocks, out, q5_0)),
-        Format::Q5_1 => widest(|| each(blocks, out, q5_1)),
-        Format::Q8_0 => widest(|| each(blocks, out, q8_0)),
-        Format::Q4K => widest(|| each(blocks, out, q4_k)),
-        Format::Q5K => widest(|| each(blocks, out, q5_k)),
-        Format::Q6K => widest(|| each(blocks, out, q6_k)),
+        Format::Q4_0 => widest!(|| each(blocks, out, q4_0)),
+        Format::Q4_1 => widest!(|| each(blocks, out, q4_1)),
+        Format::Q5_0 => widest!(|| each(blocks, out, q5_0)),
+        Format::Q5_1 => widest!(|| each(blocks, out, q5_1)),
+        Format::Q8_0 => widest!(|| each(blocks, out, q8_0)),
+        Format::Q4K => widest!(|| each(blocks, out, q4_k)),
+        Format::Q5K => widest!(|| each(blocks, out, q5_k)),
+        Format::Q6K => widest!(|| each(blocks, out, q6_k)),
         _ => unreachable!("{format} is not a format of llama.cpp"),
     }
 }

@@ -10,7 +10,7 @@ const ONE_127TH: f32 = 7.874_016e-3;
 
 /// The numbers of a row, or of a part of one, whose scale is `scale`.
 pub fn dequantize(codes: &[u8], scale: f32, out: &mut [f32]) {
-    widest(|| {
+    widest!(|| {
         for (y, &code) in out.iter_mut().zip(codes) {
             *y = f32::from(code.cast_signed()) * scale * ONE_127TH;
         }
@@ -39,7 +39,7 @@ pub fn quantize_int8(values: &[f32], rows: usize) -> (Bytes, Bytes) {
     let scales: Vec<[u8; 4]> = codes
         .par_chunks_mut(cols)
         .zip(values.par_chunks(cols))
-        .map(|(codes, values)| widest(|| quantize_row(values, codes)).to_le_bytes())
+        .map(|(codes, values)| widest!(|| quantize_row(values, codes)).to_le_bytes())
         .collect();
     (codes.into(), scales.into_flattened().into())
 }

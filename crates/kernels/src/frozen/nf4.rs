@@ -116,7 +116,7 @@ impl Nf4Parts {
 
     /// The numbers from `start` of the flattened matrix on.
     pub(super) fn dequantize(&self, start: usize, out: &mut [f32]) {
-        widest(|| {
+        widest!(|| {
             let (mut at, mut rest) = (start, out);
             while !rest.is_empty() {
                 let length = (NF4_BLOCK - at % NF4_BLOCK).min(rest.len());

@@ -30,7 +30,7 @@ pub fn quantize_nf4(values: &[f32], double: bool) -> Nf4Parts {
         .par_chunks_mut(TASK * NF4_BLOCK / 2)
         .zip(scales.par_chunks_mut(TASK))
         .zip(values.par_chunks(TASK * NF4_BLOCK))
-        .for_each(|((codes, scales), values)| widest(|| quantize_blocks(values, codes, scales)));
+        .for_each(|((codes, scales), values)| widest!(|| quantize_blocks(values, codes, scales)));
     let scales =
         if double { quantize_scales(&scales) } else { Nf4Scales::Plain { absmax: le_bytes(&scales) } };
     Nf4Parts { codes: codes.into(), scales }

@@ -118,7 +118,7 @@ fn dot_products(w: &FrozenMatrix, x: &[f32], y: Columns) {
             for row in task * ROWS..rows.min((task + 1) * ROWS) {
                 w.dequantize(row, 0..cols, numbers);
                 for (token, x) in x.chunks_exact(cols).enumerate() {
-                    let sum = widest(|| dot(x, numbers));
+                    let sum = widest!(|| dot(x, numbers));
                     // SAFETY: this row of the matrix, a column of the output, is this task's alone.
                     #[allow(unsafe_code)]
                     unsafe {

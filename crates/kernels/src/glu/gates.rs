@@ -33,7 +33,7 @@ pub fn backward(gate: Rewritten, up: Rewritten, dy: &[f32], activation: Activati
 fn forward_by(gate: Rewritten, up: &[f32], activation: impl Fn(f32) -> [f32; 2] + Copy + Sync + Send) {
     assert_eq!(gate.len(), up.len(), "as many gates as numbers to gate");
     gate.pieces(TASK).zip(up.par_chunks(TASK)).for_each(|(gate, up)| {
-        widest(|| {
+        widest!(|| {
             for (gate, up) in gate.iter_mut().zip(up) {
                 let [value, _] = activation(*gate);
                 *gate = value * up;
@@ -50,7 +50,7 @@ fn backward_by(
     activation: impl Fn(f32) -> [f32; 2] + Copy + Sync + Send,
 ) {
     gate.pieces(TASK).zip(up.pieces(TASK)).zip(dy.par_chunks(TASK)).for_each(|((gate, up), dy)| {
-        widest(|| {
+        widest!(|| {
             for ((gate, up), dy) in gate.iter_mut().zip(up.iter_mut()).zip(dy) {
                 let [value, slope] = activation(*gate);
                 *gate = dy * *up * slope;

@@ -21,7 +21,7 @@ pub fn turn(x: Rewritten, [cos, sin]: [&[f32]; 2], [heads, half]: [usize; 2], di
     assert!(cos.len() * 2 * heads == x.len() && cos.len() == sin.len(), "angles for every token");
     let tables = cos.par_chunks(TASK * half).zip(sin.par_chunks(TASK * half));
     x.pieces(TASK * width).zip(tables).for_each(|(x, (cos, sin))| {
-        widest(|| {
+        widest!(|| {
             let angles = cos.chunks_exact(half).zip(sin.chunks_exact(half));
             for (token, (cos, sin)) in x.chunks_exact_mut(width).zip(angles) {
                 for head in token.chunks_exact_mut(2 * half) {
