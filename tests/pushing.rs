@@ -272,9 +272,9 @@ fn large_files_go_in_parts_and_branches_are_made() {
     let dir = adapter(&shop);
     let bytes = shop.bytes("out/adapter_model.safetensors").len();
     assert!(bytes > 16_000 && bytes % 8_000 != 0, "{bytes}: not in several parts, the last one short");
-    hub.push(&shop, dir, "writer", &["--yes", "--revision", "v 1"]).succeeds();
+    hub.push(&shop, dir, "writer", &["--yes", "--revision", "drafts/1"]).succeeds();
     assert_eq!(hub.committed(), files_of(&shop.path(dir)));
-    assert_eq!(hub.known.lock().unwrap().commits[0].0, "v%201");
+    assert_eq!(hub.known.lock().unwrap().commits[0].0, "drafts%2F1");
     let parts = hub.requests().into_iter().filter(|request| request.starts_with("PUT")).count();
     assert_eq!(parts, bytes.div_ceil(8_000));
 }
