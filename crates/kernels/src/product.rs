@@ -96,6 +96,7 @@ fn shape(a: Matrix, b: Matrix, c: &MatrixMut) -> [usize; 3] {
 ///
 /// # Panics
 /// Where the shapes do not fit.
+#[allow(clippy::needless_pass_by_value)] // written to, as a `&mut` would be
 pub fn multiply_f32(a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
     let [m, n, k] = shape(a, b, &c);
     let [a_row, a_col] = a.strides.map(|stride| stride as isize);
@@ -130,6 +131,7 @@ pub fn multiply_f32(a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
 }
 
 /// Both factors are packed whole: they are to fit into a core's cache.
+#[allow(clippy::needless_pass_by_value)] // as above
 fn multiply_bf16(unit: Bf16Unit, a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
     let [m, n, k] = shape(a, b, &c);
     let MatrixMut { values, stride, .. } = c;

@@ -78,7 +78,7 @@ impl Pair<'_> {
         let [_, inputs] = self.a().shape();
         let tasks = dx.par_chunks_mut(TOKENS * inputs).zip(dlow.par_chunks(TOKENS * self.rank));
         tasks.for_each(|(dx, dlow)| {
-            multiply_f32(Matrix::rows(dlow, self.rank), self.a(), MatrixMut::rows(dx, inputs), false)
+            multiply_f32(Matrix::rows(dlow, self.rank), self.a(), MatrixMut::rows(dx, inputs), false);
         });
     }
 
