@@ -305,6 +305,7 @@ impl TargetModules {
     }
 
     /// As `adapter_config.json` has them; "all-linear" spelled out.
+    #[must_use]
     pub fn spelled_out(&self, modules: &[&ModuleShape]) -> Self {
         match self {
             Self::Word(AllLinear::AllLinear) => Self::Names(short_names(modules.iter().copied())),
