@@ -35,7 +35,9 @@ fn inputs(target: &str) -> Vec<Vec<u8>> {
 fn withstands(target: &str) {
     let inputs = inputs(target);
     assert!(!inputs.is_empty(), "fuzz/corpus/{target} is empty");
-    inputs.iter().for_each(|input| tried(target, input));
+    for input in &inputs {
+        tried(target, input);
+    }
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     for _ in 0..CHANGED {
         let mut input = inputs.choose(&mut rng).unwrap().clone();
