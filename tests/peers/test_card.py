@@ -35,6 +35,11 @@ def said(folder: Path, runtime: str) -> str:
     return done.stdout.strip()
 
 
+def begin_alike(one: str, other: str) -> bool:
+    """Asked otherwise, answers differ from their first token on. In bf16 they may, far behind, where two are as likely."""
+    return len(os.path.commonprefix([one, other])) >= min(16, len(one))
+
+
 def pronk_says(*arguments) -> str:
     asked = ["--instruction", QUESTION, "--max-new-tokens", 64]
     return pronk("generate", *arguments, *asked).strip()
@@ -42,7 +47,8 @@ def pronk_says(*arguments) -> str:
 
 def test_an_adapters_card(trained):
     answer = said(trained, "transformers and PEFT")
-    assert answer == pronk_says("--base", BASE, "--adapter", trained) != pronk_says("--base", BASE)
+    assert answer and begin_alike(answer, pronk_says("--base", BASE, "--adapter", trained))
+    assert not begin_alike(answer, pronk_says("--base", BASE))
     text = card(trained)
     for line in (
         r"\| data: pronk\.json \| sha256 `[0-9a-f]{64}` \|", r"\| prepared rows \| `[0-9a-f]+` \|", r"\| optimizer steps \| 12 \|",
@@ -56,21 +62,19 @@ def test_an_adapters_card(trained):
 
 @pytest.mark.parametrize("template", ["own", "record"])
 def test_a_card_asks_as_training_did(tmp_path, template):
-    """By a chat template of the user's own, and by one that transformers cannot read. Asked otherwise, the answers would differ
-    from their first token on; in bf16 they may, far behind, where two tokens are equally likely."""
+    """By a chat template of the user's own, and by one that transformers cannot read."""
     if template == "record":
         template = str(tmp_path / "record.jinja")
         Path(template).write_text("Q: {{ instruction }}\nA: {{ output }}")
     adapter = trained_with(tmp_path, template) / "adapter"
     answer = said(adapter, "transformers and PEFT")
-    ours = pronk_says("--base", BASE, "--adapter", adapter)
-    assert len(os.path.commonprefix([answer, ours])) > 16, f"{answer}\n{ours}"
+    assert begin_alike(answer, pronk_says("--base", BASE, "--adapter", adapter))
 
 
 def test_a_merged_models_card(trained, tmp_path):
     merged = tmp_path / "merged"
     pronk("merge", "--base", BASE, "--adapter", trained, "--out", merged)
-    assert said(merged, "transformers") == pronk_says("--base", merged)
+    assert begin_alike(said(merged, "transformers"), pronk_says("--base", merged))
     training = card(trained).split("## Training\n")[1]
     assert training.count("\n") > 20 and card(merged).endswith(training)
 
