@@ -1,14 +1,14 @@
 //! Files of the hub: all of one revision, and taken into the hub's cache only once their hashes are right.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use hf_hub::api::sync::{Api, ApiBuilder};
 use hf_hub::{Cache, Repo, RepoType};
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
-use sha1::Sha1;
-use sha2::{Digest, Sha256};
+use pronk_train::sha256_of_file;
+use sha1::{Digest, Sha1};
 
 /// Where files lie until their hashes are known, beside the cache that other programs share.
 const ARRIVALS: &str = ".pronk-arrivals";
@@ -77,7 +77,7 @@ impl Pinned {
             fs::remove_file(&left).into_diagnostic()?;
         }
         let pointer = remote.download(name).into_diagnostic()?;
-        let (kind, found) = hash_like(expected, &pointer).into_diagnostic()?;
+        let (kind, found) = hash_like(expected, &pointer)?;
         let arrived = fs::canonicalize(&pointer).into_diagnostic()?;
         if fs::symlink_metadata(&pointer).is_ok_and(|pointer| pointer.is_symlink()) {
             fs::remove_file(&pointer).into_diagnostic()?; // soon it would lead nowhere
@@ -131,26 +131,14 @@ fn is_hash(text: &str) -> bool {
 
 /// The hash of a file, and which: of the length of `expected`. Large files go by the SHA-256 of their bytes, and small
 /// ones as Git names them.
-fn hash_like(expected: &str, path: &Path) -> io::Result<(&'static str, String)> {
-    let mut file = File::open(path)?;
+fn hash_like(expected: &str, path: &Path) -> Result<(&'static str, String)> {
     if expected.len() == 64 {
-        return Ok(("SHA-256", digest(Sha256::new(), &mut file)?));
+        return Ok(("SHA-256", sha256_of_file(path).into_diagnostic()?));
     }
-    let begin = format!("blob {}\0", file.metadata()?.len());
-    Ok(("Git's SHA-1", digest(Sha1::new_with_prefix(begin), &mut file)?))
-}
-
-fn digest<D: Digest>(mut digest: D, file: &mut impl Read) -> io::Result<String> {
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(read) => digest.update(buffer.get(..read).unwrap_or_default()),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    let mut file = File::open(path).into_diagnostic()?;
+    let mut hasher = Sha1::new_with_prefix(format!("blob {}\0", file.metadata().into_diagnostic()?.len()));
+    io::copy(&mut file, &mut hasher).into_diagnostic()?;
+    Ok(("Git's SHA-1", hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
 }
 
 #[cfg(test)]

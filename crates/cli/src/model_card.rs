@@ -11,8 +11,6 @@ use pronk_train::ModelCard;
 
 use crate::base::{self, OpenedBase};
 
-/// The file's name.
-pub const CARD: &str = "README.md";
 /// What the commands ask.
 const QUESTION: &str = "Why do alpacas hum?";
 /// The answer's length in the commands.
@@ -350,7 +348,7 @@ impl<'a> Making<'a> {
 
 /// The card that begins with `opening` and goes on with what the card of the adapter in `dir` tells of its training.
 pub fn with_training(opening: &str, dir: &Path) -> String {
-    let card = fs::read_to_string(dir.join(CARD)).unwrap_or_default();
+    let card = fs::read_to_string(dir.join(ModelCard::FILE)).unwrap_or_default();
     let start = card.find(&format!("\n{}", ModelCard::TRAINING)).map(|at| at + 1);
     let training = start.and_then(|start| card.get(start..)).unwrap_or("Made with pronk.\n");
     format!("{opening}{training}")
@@ -406,7 +404,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(with_training("# New\n\n", dir.path()), "# New\n\nMade with pronk.\n");
         let old = format!("# Old\n\n## Use\n\nthis\n\n{}\nso\n\n## Mine\n\nmore\n", ModelCard::TRAINING);
-        fs::write(dir.path().join(CARD), old).unwrap();
+        fs::write(dir.path().join(ModelCard::FILE), old).unwrap();
         assert_eq!(with_training("# New\n\n", dir.path()), "# New\n\n## Training\n\nso\n\n## Mine\n\nmore\n");
     }
 }

@@ -217,7 +217,11 @@ impl Packs {
 }
 
 impl RoundedRows for Matrix<'_> {
-    fn rounded(
+    fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    fn round_row(
         &self,
         multiplier: &Multiplier,
         row: usize,
@@ -225,12 +229,6 @@ impl RoundedRows for Matrix<'_> {
         _: &mut [f32],
         out: &mut [u16],
     ) {
-        let [rows, width] = self.shape;
-        let end = if row < rows { cols.end.min(width) } else { cols.start };
-        let (here, beyond) = out.split_at_mut(end - cols.start);
-        beyond.fill(0);
-        if !here.is_empty() {
-            multiplier.round(&self.row(row)[cols.start..end], here);
-        }
+        multiplier.round(&self.row(row)[cols], out);
     }
 }

@@ -114,14 +114,14 @@ impl DecoderConfig {
         self.sliding_window.filter(|window| window.blocks.contains(layer)).map(|window| window.size)
     }
 
-    /// How the block at `layer` scores queries and keys.
-    pub(crate) fn scoring(&self, layer: usize) -> Scoring {
+    /// How the block at `layer` scores queries and keys, with factors rounded to `precision`.
+    pub(crate) fn scoring(&self, layer: usize, precision: Precision) -> Scoring {
         let scale = self.query_pre_attn_scalar.unwrap_or(self.head_dim as f64).sqrt().recip();
         Scoring {
             scale: scale as f32,
             soft_cap: self.attn_logit_softcapping.map(|cap| cap as f32),
             window: self.window(layer),
-            precision: Precision::F32,
+            precision,
         }
     }
 

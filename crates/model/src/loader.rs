@@ -4,9 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_kernels::{
-    Format, FrozenLinear, FrozenMatrix, Precision, Scoring, computes_on_host, dense_bytes_on_card,
-};
+use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, computes_on_host, dense_bytes_on_card};
 use pronk_lora::LoraLinear;
 
 use crate::block::NormsAround;
@@ -202,7 +200,7 @@ impl Loader<'_> {
             gate_up: self.projections(&prefix, GATE_UP, GATE_UP_PROJ, [inner, inner])?,
             down_proj: self.lora_linear(format!("{prefix}mlp.down_proj"))?,
             activation: traits.activation,
-            scoring: Scoring { precision: self.config.precision, ..config.scoring(layer) },
+            scoring: config.scoring(layer, self.config.precision),
             head_dim: config.head_dim,
             rms_norm_eps: config.rms_norm_eps,
         })

@@ -19,6 +19,9 @@ pub struct ModelCard<'a> {
 }
 
 impl ModelCard<'_> {
+    /// The card's file name, which a model hub looks for.
+    pub const FILE: &'static str = "README.md";
+
     /// The line from which on a card tells how its adapter was trained. What is made of an adapter takes that along.
     pub const TRAINING: &'static str = "## Training\n";
 

@@ -6,10 +6,10 @@ use pronk_data::PromptTemplate;
 use pronk_export::{ExportOptions, ExportReport, Runtime, export};
 use pronk_kernels::open_device;
 use pronk_lora::Adapter;
-use pronk_train::seal;
+use pronk_train::{ModelCard, seal};
 
 use crate::args::Export;
-use crate::model_card::{CARD, Making, with_training};
+use crate::model_card::{Making, with_training};
 use crate::modelfile::Modelfile;
 use crate::terminal::print;
 use crate::{base, proof};
@@ -37,7 +37,7 @@ pub fn run(args: &Export) -> Result<()> {
     };
     let card = Making::new(&opened, &adapter, trained_with.as_ref())?.of_export(args.to);
     let mut finish = |dir: &Path| {
-        fs::write(dir.join(CARD), with_training(&card, &args.adapter))?;
+        fs::write(dir.join(ModelCard::FILE), with_training(&card, &args.adapter))?;
         if let Some(modelfile) = &modelfile {
             fs::write(dir.join("Modelfile"), modelfile.to_string())?;
         }

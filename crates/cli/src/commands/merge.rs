@@ -10,11 +10,11 @@ use pronk_export::{
 use pronk_kernels::open_device;
 use pronk_lora::{Adapter, quantized_bits_of};
 use pronk_model::{Base, GgufValue};
-use pronk_train::seal;
+use pronk_train::{ModelCard, seal};
 
 use crate::args::{self, Merge, MergeFormat};
 use crate::base::OpenedBase;
-use crate::model_card::{CARD, Making, with_training};
+use crate::model_card::{Making, with_training};
 use crate::modelfile::Modelfile;
 use crate::terminal::print;
 use crate::{base, gguf_keys, progress, proof};
@@ -102,7 +102,7 @@ impl Merging<'_> {
             if opened.base.gguf().is_some() {
                 opened.tokenizer.save(dir)?;
             }
-            fs::write(dir.join(CARD), with_training(&card, &args.adapter))?;
+            fs::write(dir.join(ModelCard::FILE), with_training(&card, &args.adapter))?;
             trained_with.iter().try_for_each(|template| template.save(dir))?;
             Ok(seal(dir)?)
         };
@@ -130,7 +130,7 @@ impl Merging<'_> {
         let making = Making::new(opened, adapter, Some(&template))?;
         let card = making.of_merged_gguf(&args.adapter, modelfile.is_ok());
         let mut finish = |dir: &Path| {
-            fs::write(dir.join(CARD), with_training(&card, &args.adapter))?;
+            fs::write(dir.join(ModelCard::FILE), with_training(&card, &args.adapter))?;
             if let Ok(modelfile) = &modelfile {
                 fs::write(dir.join("Modelfile"), modelfile.to_string())?;
             }

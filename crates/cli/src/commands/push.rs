@@ -2,10 +2,9 @@ use std::path::Path;
 
 use miette::{IntoDiagnostic, Result, miette};
 use pronk_lora::base_of;
-use pronk_train::{MANIFEST, RunFolder, verify};
+use pronk_train::{MANIFEST, ModelCard, RunFolder, verify};
 
 use crate::args::Push;
-use crate::model_card::CARD;
 use crate::terminal::print;
 use crate::upload::{Destination, FileToSend, Hub, MAIN, endpoint, files_in};
 
@@ -25,7 +24,8 @@ pub fn run(args: &Push) -> Result<()> {
     {
         eprintln!(
             "note: the adapter names the base by a path of this machine, {base}; where the base is on the hub, put its \
-             id into adapter_config.json and {CARD}"
+             id into adapter_config.json and {}",
+            ModelCard::FILE
         );
     }
     print(&listed(&files, &to, *yes));
@@ -50,7 +50,8 @@ fn must_be_whole(dir: &Path) -> Result<()> {
         ));
     }
     let verified = verify(dir).into_diagnostic()?;
-    let changed = verified.differences.iter().filter(|d| !d.path.ends_with(CARD) || !d.path.exists());
+    let changed =
+        verified.differences.iter().filter(|d| !d.path.ends_with(ModelCard::FILE) || !d.path.exists());
     let changed: Vec<String> = changed.map(|d| format!("{}: {}", d.path.display(), d.problem)).collect();
     if changed.is_empty() {
         return Ok(());

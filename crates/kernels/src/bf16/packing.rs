@@ -6,9 +6,11 @@ use super::tiles::{DEPTH, Multiplier, SIDE, TILE};
 
 /// The rows of a matrix, which can be had in bf16.
 pub(crate) trait RoundedRows {
-    /// Numbers `cols` of `row`, with zeros behind the row's end and the last row. `numbers` is memory
-    /// for as many floats.
-    fn rounded(
+    /// `[rows, cols]`.
+    fn shape(&self) -> [usize; 2];
+
+    /// Numbers `cols` of `row`, which are there. `numbers` is memory for as many floats.
+    fn round_row(
         &self,
         multiplier: &Multiplier,
         row: usize,
@@ -16,6 +18,24 @@ pub(crate) trait RoundedRows {
         numbers: &mut [f32],
         out: &mut [u16],
     );
+
+    /// The same, with zeros behind the row's end and the last row.
+    fn rounded(
+        &self,
+        multiplier: &Multiplier,
+        row: usize,
+        cols: Range<usize>,
+        numbers: &mut [f32],
+        out: &mut [u16],
+    ) {
+        let [rows, width] = self.shape();
+        let end = if row < rows { cols.end.min(width) } else { cols.start };
+        let (here, beyond) = out.split_at_mut(end - cols.start);
+        beyond.fill(0);
+        if !here.is_empty() {
+            self.round_row(multiplier, row, cols.start..end, numbers, here);
+        }
+    }
 }
 
 /// Fills a strip of left tiles with rows, 16 at most; behind the last, and behind a row's end, there are zeros.

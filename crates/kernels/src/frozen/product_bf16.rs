@@ -136,8 +136,12 @@ impl Packed {
 }
 
 impl RoundedRows for FrozenMatrix {
+    fn shape(&self) -> [usize; 2] {
+        self.shape()
+    }
+
     /// As they are where the matrix holds bf16, otherwise dequantized first.
-    fn rounded(
+    fn round_row(
         &self,
         multiplier: &Multiplier,
         row: usize,
@@ -145,21 +149,14 @@ impl RoundedRows for FrozenMatrix {
         numbers: &mut [f32],
         out: &mut [u16],
     ) {
-        let [rows, width] = self.shape();
-        let end = if row < rows { cols.end.min(width) } else { cols.start };
-        let (here, beyond) = out.split_at_mut(end - cols.start);
-        beyond.fill(0);
-        if here.is_empty() {
-            return;
-        }
-        if let Some(halves) = self.bf16(row, cols.start..end) {
-            for (out, half) in here.iter_mut().zip(halves) {
+        if let Some(halves) = self.bf16(row, cols.clone()) {
+            for (out, half) in out.iter_mut().zip(halves) {
                 *out = u16::from_le_bytes(*half);
             }
         } else {
-            let numbers = &mut numbers[..here.len()];
-            self.dequantize(row, cols.start..end, numbers);
-            multiplier.round(numbers, here);
+            let numbers = &mut numbers[..out.len()];
+            self.dequantize(row, cols, numbers);
+            multiplier.round(numbers, out);
         }
     }
 }

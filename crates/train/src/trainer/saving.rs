@@ -13,7 +13,7 @@ use crate::checkpoint::Snapshot;
 use crate::error::Kept;
 use crate::manifest::differences;
 use crate::publish::publish;
-use crate::{RunFolder, TrainConfig, TrainError, checkpoint};
+use crate::{ModelCard, RunFolder, TrainConfig, TrainError, checkpoint};
 
 /// The first pause after a save that failed; each is twice as long as the one before.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -185,7 +185,7 @@ impl Trainer<'_> {
         let template = self.card.template;
         Ok(AdapterFolder {
             adapter: adapter.files(&self.folder.adapter(), &self.card.base, false)?,
-            beside: [(template.file_name(), template.source().to_owned()), ("README.md", card)],
+            beside: [(template.file_name(), template.source().to_owned()), (ModelCard::FILE, card)],
         })
     }
 
