@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::FrozenError;
 use super::format::{NESTED_BLOCK, NF4_BLOCK};
-use super::wide::widest;
+use super::wide::{Vectors, widest};
 
 /// What the sixteen codes stand for: quantiles of the normal distribution, scaled to end at one
 /// (`QLoRA`, appendix E). A checkpoint calls it `weight.quant_map`.
@@ -116,15 +116,40 @@ impl Nf4Parts {
 
     /// The numbers from `start` of the flattened matrix on.
     pub(super) fn dequantize(&self, start: usize, out: &mut [f32]) {
-        widest!(|| {
-            let (mut at, mut rest) = (start, out);
-            while !rest.is_empty() {
-                let length = (NF4_BLOCK - at % NF4_BLOCK).min(rest.len());
-                let (within_block, later) = rest.split_at_mut(length);
-                dequantize_within_block(&self.codes, at, self.scales.scale(at / NF4_BLOCK), within_block);
-                (at, rest) = (at + length, later);
+        match Vectors::detect() {
+            #[cfg(target_arch = "x86_64")]
+            Vectors::Avx512(vectors) => vectors.run(|| {
+                self.dequantize_blocks(start, out, |codes, scale, out| {
+                    avx512::whole_block(vectors, codes, scale, out);
+                });
+            }),
+            _ => widest!(|| {
+                self.dequantize_blocks(start, out, |codes, scale, out| {
+                    dequantize_within_block(codes, 0, scale, out);
+                });
+            }),
+        }
+    }
+
+    /// `whole` is for those blocks that are wanted from their first number to their last.
+    #[inline(always)]
+    fn dequantize_blocks(
+        &self,
+        start: usize,
+        out: &mut [f32],
+        whole: impl Fn(&[u8; NF4_BLOCK / 2], f32, &mut [f32; NF4_BLOCK]),
+    ) {
+        let (mut at, mut rest) = (start, out);
+        while !rest.is_empty() {
+            let length = (NF4_BLOCK - at % NF4_BLOCK).min(rest.len());
+            let (within_block, later) = rest.split_at_mut(length);
+            let scale = self.scales.scale(at / NF4_BLOCK);
+            match (self.codes[at / 2..].first_chunk(), within_block.as_mut_array()) {
+                (Some(codes), Some(block)) => whole(codes, scale, block),
+                _ => dequantize_within_block(&self.codes, at, scale, within_block),
             }
-        });
+            (at, rest) = (at + length, later);
+        }
     }
 }
 
@@ -172,6 +197,50 @@ fn dequantize_within_block(codes: &[u8], at: usize, scale: f32, out: &mut [f32])
     }
     if let ([last], Some(&code)) = (last, codes.get(pairs.len())) {
         *last = PAIRS[usize::from(code)][0] * scale;
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        _mm_cvtsi64_si128, _mm512_cvtepu8_epi64, _mm512_loadu_ps, _mm512_mul_ps, _mm512_or_si512,
+        _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_slli_epi64, _mm512_srli_epi64, _mm512_storeu_ps,
+    };
+
+    use super::{CODEBOOK, NF4_BLOCK};
+    use crate::frozen::wide::Avx512;
+
+    /// The whole codebook lies in one register: sixteen codes are looked up by one instruction, to which compilers do not come.
+    #[inline(always)]
+    pub(super) fn whole_block(
+        _: Avx512,
+        codes: &[u8; NF4_BLOCK / 2],
+        scale: f32,
+        out: &mut [f32; NF4_BLOCK],
+    ) {
+        // SAFETY: the processor has avx512f, of which the first argument is the proof.
+        #[allow(unsafe_code)]
+        unsafe {
+            look_up(codes, scale, out);
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn look_up(codes: &[u8; NF4_BLOCK / 2], scale: f32, out: &mut [f32; NF4_BLOCK]) {
+        let scale = _mm512_set1_ps(scale);
+        let (eights, sixteens) = (codes.as_chunks().0, out.as_chunks_mut::<16>().0);
+        for (eight, sixteen) in eights.iter().zip(sixteens) {
+            // The look-up reads the lowest four bits of 32: of a byte first its upper half, then its lower.
+            let bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(i64::from_le_bytes(*eight)));
+            let halves = _mm512_or_si512(_mm512_srli_epi64::<4>(bytes), _mm512_slli_epi64::<32>(bytes));
+            // SAFETY: 16 numbers are read, and 16 written.
+            #[allow(unsafe_code)]
+            unsafe {
+                let numbers = _mm512_permutexvar_ps(halves, _mm512_loadu_ps(CODEBOOK.as_ptr()));
+                _mm512_storeu_ps(sixteen.as_mut_ptr(), _mm512_mul_ps(numbers, scale));
+            }
+        }
     }
 }
 
