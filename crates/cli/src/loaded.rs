@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{
-    Conversation, MicroBatches, PrepareConfig, PreparedDataset, PromptTemplate, TextTokenizer, key,
+    Conversation, MicroBatches, PrepareConfig, PreparedDataset, PromptTemplate, Rows, TextTokenizer, key,
     tokenize_prompt,
 };
 use pronk_kernels::open_device;
@@ -24,6 +24,8 @@ use crate::sizes::{self, Settled, settle};
 use crate::terminal::{print, stop_on_signal};
 
 const SAMPLE_TOKENS: usize = 96;
+/// About how many records show what layers read, and how many tokens of each at most.
+const CALIBRATION: [usize; 2] = [128, 256];
 /// The run's prepared rows, in its folder.
 const PREPARED: &str = "prepared.safetensors";
 
@@ -103,7 +105,8 @@ impl LoadedRun {
             Quantize::None => None,
             _ => Some(Base::open(&lock.base.path).into_diagnostic()?),
         };
-        let weights = StartWeights { base: &opened.base, original: original.as_ref() };
+        let records = calibration_records(&self.data.train);
+        let weights = StartWeights { base: &opened.base, original: original.as_ref(), records: &records };
         let bar = progress::bar("decomposing weights", 0);
         let progress = |done, total| {
             bar.set_length(total as u64);
@@ -218,6 +221,13 @@ fn adapter_to_start_from(
     // What is adapted is the adapter's; how it is trained on is the recipe's.
     adapter.config.dropout = wanted.dropout;
     Ok(adapter)
+}
+
+/// Beginnings of records from all over the rows.
+fn calibration_records(rows: &Rows) -> Vec<Vec<u32>> {
+    let [records, tokens] = CALIBRATION;
+    let chosen = rows.iter().step_by(rows.len().div_ceil(records).max(1));
+    chosen.map(|row| row.token_ids.iter().take(tokens).copied().collect()).collect()
 }
 
 /// Prompts of held-out rows; where none can be told from its row, a few fixed ones.

@@ -169,13 +169,13 @@ impl<'a> Making<'a> {
             let base = &self.base;
             format!(
                 " It belongs to `{base}` **quantized to {how}**, not to `{base}` itself: it started from what the \
-                 quantized base has lost (LoftQ)."
+                 quantized base has lost (LoftQ, QERA)."
             )
         });
         kinds + &quantized
     }
 
-    /// How the base is quantized that the adapter started from (`LoftQ`), and how transformers is told.
+    /// How the base is quantized that the adapter started from (`LoftQ`, `QERA`), and how transformers is told.
     fn quantized(&self) -> Option<(&'static str, &'static str)> {
         self.adapter.config.loftq_config.map(|loftq| match loftq.loftq_bits {
             4 => ("NF4", "load_in_4bit=True, bnb_4bit_quant_type=\"nf4\", bnb_4bit_use_double_quant=True"),

@@ -273,14 +273,16 @@ impl Recipe {
         match init {
             InitLoraWeights::Default => None,
             _ if init_adapter.is_some() => refuse("\"default\" beside lora.init_adapter, which is the start"),
-            InitLoraWeights::LoftQ if self.base.quantize == Quantize::None => {
+            _ if init.restores() && self.base.quantize == Quantize::None => {
                 refuse("base.quantize = \"nf4\" or \"int8\" beside it: it starts from what that loses")
             }
             _ => None,
         }
         .or_else(|| {
-            let surplus = config.loftq_config.is_some() && init != InitLoraWeights::LoftQ;
-            surplus.then(|| "lora.loftq_config: expected init_lora_weights = \"loftq\" beside it".to_owned())
+            let surplus = config.loftq_config.is_some() && !init.restores();
+            surplus.then(|| {
+                "lora.loftq_config: expected init_lora_weights = \"loftq\" or \"qera\" beside it".to_owned()
+            })
         })
     }
 

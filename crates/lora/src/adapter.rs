@@ -36,6 +36,11 @@ impl ModuleShape {
         Self { name: name.into(), in_features, out_features, part_of: None }
     }
 
+    /// The layer of the base that computes it: itself, or the packed one that it is a part of.
+    pub fn layer(&self) -> &str {
+        self.part_of.as_ref().map_or(&self.name, |part| &part.module)
+    }
+
     /// The same layer with `prefix` in front of all names.
     #[must_use]
     pub fn under(&self, prefix: &str) -> Self {

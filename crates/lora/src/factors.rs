@@ -46,13 +46,8 @@ pub fn low_rank_factors(
     let (u, s, vt) = if rows.min(cols) <= SMALL.max(2 * width) {
         svd::<2, 1>(matrix.clone(), SWEEPS)
     } else {
-        // Bases are rows here, so that their vectors lie in one piece.
         let start = directions([width, cols], seed, name, matrix);
-        let mut basis = orthonormal(&start.matmul(matrix.clone().transpose()));
-        for _ in 0..turns {
-            let across = orthonormal(&basis.matmul(matrix.clone()));
-            basis = orthonormal(&across.matmul(matrix.clone().transpose()));
-        }
+        let basis = largest_directions(matrix, start, turns, |across| across);
         let within = basis.clone().matmul(matrix.clone());
         let across = orthonormal(&within);
         // Square and small: width by width.
@@ -66,6 +61,58 @@ pub fn low_rank_factors(
         b: u.narrow(1, 0, rank) * root.unsqueeze_dim(0),
         energy: s.square().sum(),
     }
+}
+
+/// The factors of `matrix`, `[rows, cols]`, with which `(matrix - B A) X^T` is smallest, where `inputs` is `X^T X`,
+/// `[cols, cols]`: what is multiplied with X hardly changes if `B A` stands for the matrix (QERA, Zhang et al. 2024,
+/// <https://arxiv.org/abs/2410.06040>). The columns of B are the largest left singular vectors of `matrix X^T`, and
+/// `B A` is the matrix projected onto them; then both are shared out evenly. `energy` is the squared norm of `B A X^T`.
+/// All else as for [`low_rank_factors`].
+pub fn low_rank_factors_over(
+    matrix: &Tensor<2>,
+    inputs: &Tensor<2>,
+    rank: usize,
+    turns: usize,
+    seed: u64,
+    name: &str,
+) -> LowRankFactors {
+    let [rows, cols] = matrix.dims();
+    let rank = rank.min(rows).min(cols);
+    let width = rank + OVERSAMPLING;
+    let basis = if rows <= SMALL.max(2 * width) {
+        Tensor::eye(rows, &matrix.device())
+    } else {
+        let start = directions([width, cols], seed, name, matrix);
+        largest_directions(matrix, start, turns, |across| across.matmul(inputs.clone()))
+    };
+    let within = basis.clone().matmul(matrix.clone());
+    let squares = within.clone().matmul(inputs.clone()).matmul(within.clone().transpose());
+    let (u, s, _) = svd::<2, 1>(squares, SWEEPS);
+    let u = u.narrow(1, 0, rank);
+    let (a, b) = (u.clone().transpose().matmul(within), basis.transpose().matmul(u));
+    // B is orthonormal so far. A row of zeros stays one.
+    let root = a.clone().square().sum_dim(1).sqrt().sqrt();
+    LowRankFactors {
+        a: a / root.clone().clamp_min(f32::MIN_POSITIVE),
+        b: b * root.transpose(),
+        energy: s.narrow(0, 0, rank).sum(),
+    }
+}
+
+/// An orthonormal basis, in rows so that its vectors lie in one piece, of about the largest left singular vectors
+/// of `matrix X^T`, where `weighed` multiplies with `X^T X`.
+fn largest_directions(
+    matrix: &Tensor<2>,
+    start: Tensor<2>,
+    turns: usize,
+    weighed: impl Fn(Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    let mut basis = orthonormal(&start.matmul(matrix.clone().transpose()));
+    for _ in 0..turns {
+        let across = orthonormal(&weighed(basis.matmul(matrix.clone())));
+        basis = orthonormal(&across.matmul(matrix.clone().transpose()));
+    }
+    basis
 }
 
 /// An orthonormal basis of what the rows of `x` span, with zeros for those that lie in the span of the ones before.

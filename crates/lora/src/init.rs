@@ -22,6 +22,9 @@ pub enum InitLoraWeights {
     /// The largest singular values of what a quantized base has lost (Li et al. 2023,
     /// <https://arxiv.org/abs/2310.08659>).
     LoftQ,
+    /// Of what a quantized base has lost that part which changes its layers' outputs most, over the inputs that they
+    /// have on records of the run (Zhang et al. 2024, <https://arxiv.org/abs/2410.06040>).
+    Qera,
 }
 
 impl InitLoraWeights {
@@ -31,6 +34,11 @@ impl InitLoraWeights {
             Self::Pissa(Some(niter)) => niter,
             _ => TURNS,
         }
+    }
+
+    /// Whether the factors bring back what quantizing the base has taken away.
+    pub fn restores(self) -> bool {
+        matches!(self, Self::LoftQ | Self::Qera)
     }
 
     /// Whether the factors that training starts from are taken away from the base again.
@@ -47,6 +55,7 @@ impl fmt::Display for InitLoraWeights {
             Self::Pissa(None) => f.write_str("pissa"),
             Self::Pissa(Some(niter)) => write!(f, "pissa_niter_{niter}"),
             Self::LoftQ => f.write_str("loftq"),
+            Self::Qera => f.write_str("qera"),
         }
     }
 }
@@ -80,9 +89,10 @@ impl TryFrom<Given> for InitLoraWeights {
             ("gaussian", _) => Ok(Self::Gaussian),
             ("pissa", _) => Ok(Self::Pissa(None)),
             ("loftq", _) => Ok(Self::LoftQ),
+            ("qera", _) => Ok(Self::Qera),
             (_, Some(niter)) => Ok(Self::Pissa(Some(niter))),
             _ => Err(
-                "expected \"default\", \"gaussian\", \"pissa\", \"pissa_niter_16\" (or another number) or \"loftq\"",
+                "expected \"default\", \"gaussian\", \"pissa\", \"pissa_niter_16\" (or another number), \"loftq\" or \"qera\"",
             ),
         }
     }

@@ -1,4 +1,5 @@
-use std::sync::{Arc, OnceLock};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::{Dropout, FrozenLinear, add_low_rank};
@@ -16,18 +17,35 @@ pub struct ForwardMode<'a> {
     /// Where `DoRA`'s norms are kept while base and adapter stay as they are; without, every pass
     /// computes them.
     pub norms: Option<&'a WeightNorms>,
+    /// Where inputs of layers are kept for who wants to look at them.
+    pub inputs: Option<&'a LayerInputs>,
 }
 
 impl<'a> ForwardMode<'a> {
     /// The base with an adapter, as it answers.
     pub fn inference(adapter: Option<&'a Adapter>) -> Self {
-        Self { adapter, dropout: None, norms: None }
+        Self { adapter, dropout: None, norms: None, inputs: None }
     }
 
     /// The same with norms kept in `norms`, unless it keeps them already.
     #[must_use]
     pub fn with_norms(self, norms: &'a WeightNorms) -> Self {
         Self { norms: self.norms.or(Some(norms)), ..self }
+    }
+}
+
+/// What layers have read in the last forward pass, `[tokens, in]`, by their names.
+#[derive(Debug, Default)]
+pub struct LayerInputs(Mutex<BTreeMap<String, Tensor<2>>>);
+
+impl LayerInputs {
+    fn keep(&self, layer: &str, x: &Tensor<2>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(layer.into(), x.clone());
+    }
+
+    /// All of them, and none is left.
+    pub fn take(&self) -> BTreeMap<String, Tensor<2>> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -65,6 +83,9 @@ impl LoraLinear {
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
     pub fn forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+        if let Some(inputs) = mode.inputs {
+            inputs.keep(&self.name, &x);
+        }
         let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name)) else {
             return self.base.forward(x);
         };

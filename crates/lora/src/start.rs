@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 
-use crate::{Adapter, InitLoraWeights, LoraConfig, LoraError, LoraPair, low_rank_factors};
+use crate::{
+    Adapter, InitLoraWeights, LoraConfig, LoraError, LoraPair, low_rank_factors, low_rank_factors_over,
+};
 
 /// The factors that a pair started with, where they were the base's own: what they compute is taken away from
 /// what the base computes, so that the base may stay as it is, quantized, mapped or streamed.
@@ -17,10 +19,22 @@ pub struct StartFactors {
 }
 
 impl LoraPair {
-    /// Makes `scale * B A` the best approximation of `matrix`, `[out, in]`, that its rank allows. Where the
+    /// Makes `scale * B A` the best approximation of `matrix`, `[out, in]`, that its rank allows: of the matrix
+    /// itself, or of what it makes of the layer's inputs X, where `inputs` is their `X^T X`, `[in, in]`. Where the
     /// matrix has no such rank, the rest is zero. `seed` and `name` are those of [`low_rank_factors`].
-    pub fn approximate(&mut self, matrix: &Tensor<2>, init: InitLoraWeights, seed: u64, name: &str) {
-        let factors = low_rank_factors(matrix, self.rank(), init.turns(), seed, name);
+    pub fn approximate(
+        &mut self,
+        matrix: &Tensor<2>,
+        inputs: Option<&Tensor<2>>,
+        init: InitLoraWeights,
+        seed: u64,
+        name: &str,
+    ) {
+        let (rank, turns) = (self.rank(), init.turns());
+        let factors = match inputs {
+            Some(inputs) => low_rank_factors_over(matrix, inputs, rank, turns, seed, name),
+            None => low_rank_factors(matrix, rank, turns, seed, name),
+        };
         let (share, found) = (1.0 / self.scale.sqrt(), factors.a.dims()[0]);
         let ([rank, columns], rows) = (self.a.dims(), self.b.dims()[0]);
         let (a, b) = (factors.a * share, factors.b * share);

@@ -3,7 +3,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 use pronk_kernels::open_device;
-use pronk_lora::low_rank_factors;
+use pronk_lora::{low_rank_factors, low_rank_factors_over};
 
 /// Number `k` of the orthonormal vectors of a cosine transform of size `n`.
 fn cosine(n: usize, k: usize) -> Vec<f64> {
@@ -43,5 +43,29 @@ fn the_largest_singular_values_are_kept() {
 
         let again = low_rank_factors(&m, rank, 4, 3, "m").a.try_to_vec_as::<f32>().unwrap();
         assert_eq!(again, factors.a.try_to_vec_as::<f32>().unwrap(), "the same seed, the same bits");
+    }
+}
+
+/// Of the product with some inputs nothing better can be kept than its own largest singular values.
+#[test]
+fn over_inputs_the_products_largest_singular_values_are_kept() {
+    let device = open_device("auto").unwrap();
+    for ([rows, cols], rank) in [([20, 30], 6), ([160, 120], 8), ([90, 200], 12)] {
+        let tensor = |[rows, cols]: [usize; 2]| {
+            Tensor::<2>::from_data(TensorData::new(matrix(rows, cols), [rows, cols]), &device)
+        };
+        let (m, x) = (tensor([rows, cols]), tensor([140, cols]));
+        let products = x.clone().transpose().matmul(x.clone());
+        let factors = low_rank_factors_over(&m, &products, rank, 4, 3, "m");
+        assert_eq!((factors.a.dims(), factors.b.dims()), ([rank, cols], [rows, rank]));
+        let square = |t: Tensor<2>| f64::from(t.square().sum().into_scalar::<f32>());
+        let whole = m.clone().matmul(x.clone().transpose());
+        let best = f64::from(low_rank_factors(&whole, rank, 9, 3, "best").energy.into_scalar::<f32>());
+        assert!((f64::from(factors.energy.into_scalar::<f32>()) / best - 1.0).abs() < 1e-4);
+        let off = square((m - factors.b.clone().matmul(factors.a.clone())).matmul(x.transpose()));
+        let lost = square(whole) - best;
+        assert!((off / lost - 1.0).abs() < 2e-2, "{rows} x {cols}: {off}, the best is {lost}");
+        let (a, b) = (square(factors.a), square(factors.b));
+        assert!((a / b - 1.0).abs() < 1e-3, "both factors are as large");
     }
 }

@@ -99,6 +99,13 @@ impl Block {
         }
     }
 
+    /// Its linear layers' names, those together that read the same input.
+    pub(crate) fn readers(&self) -> [Vec<String>; 4] {
+        let (o_proj, down_proj) = (std::slice::from_ref(&self.o_proj), std::slice::from_ref(&self.down_proj));
+        [self.qkv.layers(), o_proj, self.gate_up.layers(), down_proj]
+            .map(|layers| layers.iter().map(|layer| layer.name().to_owned()).collect())
+    }
+
     /// Its linear layers, in the order in which they run.
     pub(crate) fn linears(&self) -> impl Iterator<Item = &LoraLinear> {
         let (o_proj, down_proj) = (std::slice::from_ref(&self.o_proj), std::slice::from_ref(&self.down_proj));

@@ -9,6 +9,7 @@
 mod base;
 mod bitsandbytes;
 mod block;
+mod calibration;
 mod checkpoint_writer;
 mod config;
 mod decoder;

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_lora::{Adapter, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, ModuleShape};
 
+use crate::calibration::Calibration;
 use crate::{Base, Decoder, ModelError, Scheme};
 
 /// The weights that a fresh adapter may start from.
@@ -12,11 +13,13 @@ pub struct StartWeights<'a> {
     pub base: &'a Base,
     /// The same before it was quantized, where it was.
     pub original: Option<&'a Base>,
+    /// Token ids of records that show what its layers read. Only QERA looks at them.
+    pub records: &'a [Vec<u32>],
 }
 
 impl Decoder {
-    /// A fresh adapter as `init_lora_weights` asks for it. It changes nothing yet, but for `LoftQ`'s, which brings
-    /// the quantized base nearer to what it was. `progress` hears how many modules' weights are decomposed, and how
+    /// A fresh adapter as `init_lora_weights` asks for it. It changes nothing yet, but for `LoftQ`'s and `QERA`'s, which
+    /// bring the quantized base nearer to what it was. `progress` hears how many modules' weights are decomposed, and how
     /// many will be; one at a time is in memory.
     pub fn started_adapter(
         &self,
@@ -30,12 +33,18 @@ impl Decoder {
             return Ok(self.new_adapter(config, seed)?);
         }
         let lost = |original| Lost { original, base: weights.base };
-        let lost = match (init, weights.original) {
-            (InitLoraWeights::LoftQ, Some(original)) => Some(lost(original)),
-            (InitLoraWeights::LoftQ, None) => {
+        let lost = match weights.original {
+            _ if !init.restores() => None,
+            Some(original) => Some(lost(original)),
+            None => {
                 let expected = "a base that is quantized when the run starts, for what it loses by it".into();
-                let found = "loftq over a base as it is".into();
+                let found = format!("{init} over a base as it is");
                 return Err(LoraError::Config { knob: "init_lora_weights", expected, found }.into());
+            }
+        };
+        let mut calibration = match &lost {
+            Some(lost) if init == InitLoraWeights::Qera => {
+                Some(Calibration::of(lost.original, weights.records, self.device())?)
             }
             _ => None,
         };
@@ -46,15 +55,17 @@ impl Decoder {
         let config = LoraConfig { loftq_config, ..config.clone() };
         let modules = self.config.adapter_modules();
         let mut adapter = Adapter::init(&config, &modules, seed, self.device())?;
-        let total = adapter.pairs.len();
-        for (done, (name, pair)) in adapter.pairs.iter_mut().enumerate() {
+        let (mut done, total) = (0, adapter.pairs.len());
+        for module in &modules {
+            let Some(pair) = adapter.pairs.get_mut(&module.name) else { continue };
             progress(done, total);
-            let Some(module) = modules.iter().find(|module| module.name == *name) else { continue };
+            done += 1;
             let matrix = match &lost {
                 Some(lost) => lost.by(module, self.device())?,
                 None => weight(weights.base, module, self.device())?,
             };
-            pair.approximate(&matrix, init, seed, name);
+            let inputs = calibration.as_mut().and_then(|them| them.inputs_of(module.layer()));
+            pair.approximate(&matrix, inputs, init, seed, &module.name);
             if init.keeps_start() {
                 pair.keep_start();
             }
@@ -81,10 +92,8 @@ impl Lost<'_> {
 
 /// A module's weight, `[out, in]`, in float32.
 fn weight(base: &Base, module: &ModuleShape, device: &Device) -> Result<Tensor<2>, ModelError> {
-    let (layer, rows) = match &module.part_of {
-        Some(part) => (&part.module, part.rows.clone()),
-        None => (&module.name, 0..module.out_features),
-    };
+    let layer = module.layer();
+    let rows = module.part_of.as_ref().map_or(0..module.out_features, |part| part.rows.clone());
     let columns = module.in_features;
     let mut values = base.read(&format!("{layer}.weight"))?.to_f32();
     values.truncate(rows.end * columns);

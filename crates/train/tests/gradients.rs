@@ -106,7 +106,7 @@ fn gradients_of_a_principal_start_equal_pefts() {
             init_lora_weights: InitLoraWeights::Pissa(None),
             ..LoraConfig::default()
         };
-        let weights = StartWeights { base: &base, original: None };
+        let weights = StartWeights { base: &base, original: None, records: &[] };
         let mut adapter = decoder.started_adapter(&config, weights, 1, |_, _| ()).unwrap();
         for (name, pair) in &mut adapter.pairs {
             let read = |kind: &str, factor, like: &Tensor<2>| {

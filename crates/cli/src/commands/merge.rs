@@ -24,7 +24,7 @@ pub fn run(args: &Merge) -> Result<()> {
     let of_quantized = quantized_bits_of(&args.adapter).into_diagnostic()?.is_some();
     if let (true, Some(onto)) = (of_quantized, &args.onto) {
         return Err(miette!(
-            "--onto {onto}: {} started from what the base lost when it was quantized (LoftQ), and would bring that to \
+            "--onto {onto}: {} started from what the base lost when it was quantized (LoftQ, QERA), and would bring that to \
              weights that have it still; leave --onto out",
             args.adapter.display()
         ));
