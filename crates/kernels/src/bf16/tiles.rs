@@ -146,6 +146,7 @@ impl Multiplier {
 }
 
 /// The nearest bf16, halves to even. NaN stays NaN.
+#[inline]
 pub(crate) fn round(x: f32) -> u16 {
     let bits = x.to_bits();
     if x.is_nan() { 0x7fc0 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }

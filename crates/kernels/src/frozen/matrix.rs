@@ -5,6 +5,7 @@ use bytes::Bytes;
 use rayon::prelude::*;
 
 use super::nf4::{Nf4Parts, Nf4Scales};
+use super::wide::widest;
 use super::{Format, FrozenError, dense, ggml, int8};
 use crate::bf16::round;
 
@@ -207,10 +208,12 @@ impl FrozenMatrix {
             || vec![0.0; cols],
             |numbers, (row, out)| {
                 self.dequantize(row, 0..cols, numbers);
-                let (halves, _) = out.as_chunks_mut::<2>();
-                for (half, &x) in halves.iter_mut().zip(&*numbers) {
-                    *half = round(x).to_le_bytes();
-                }
+                widest!(|| {
+                    let (halves, _) = out.as_chunks_mut::<2>();
+                    for (half, &x) in halves.iter_mut().zip(&*numbers) {
+                        *half = round(x).to_le_bytes();
+                    }
+                });
             },
         );
         let values = Values::Whole(Bytes::from(values));
