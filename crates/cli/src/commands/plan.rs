@@ -143,6 +143,7 @@ impl Outlook {
             kept_graphs,
             block_graph,
             logits,
+            step,
             dense,
             program,
         } = self.footprint;
@@ -156,12 +157,13 @@ impl Outlook {
             ("or: logits", logits),
             ("the program", program),
         ];
+        let of_whole = (step > 0).then_some(("or: the optimizer's step", step));
         let on_card = (dense > 0).then_some(("one dense matrix", dense));
         let mut text = format!(
             "the largest micro-batch: {} tokens, {} learned; {} blocks keep their graphs\n\n",
             self.largest.tokens, self.largest.supervised, self.kept
         );
-        for (what, bytes) in rows.into_iter().chain(on_card) {
+        for (what, bytes) in rows.into_iter().chain(of_whole).chain(on_card) {
             let _ = writeln!(text, "{what:<38}{:>12}", size(bytes));
         }
         let _ = writeln!(text, "{:<38}{:>12}", "peak", size(self.footprint.peak()));
