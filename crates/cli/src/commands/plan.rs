@@ -1,5 +1,4 @@
 use std::fmt::Write;
-use std::path::Path;
 
 use miette::{IntoDiagnostic, Result, miette};
 use pronk_data::PromptTemplate;
@@ -29,7 +28,7 @@ pub fn run(args: &args::Plan) -> Result<()> {
         return Err(miette!("--price: expected dollars an hour, a number from 0, found {price}"));
     }
     let card = args.gpu.as_deref().map(Card::named).transpose()?;
-    let opened = base::open(&recipe.base.path, Path::new("."))?;
+    let opened = base::of_recipe(&recipe)?;
     let computes_in = if card.is_some() { Memory::Card } else { Memory::Host };
     let memory = sizes::memory(&recipe, &opened, computes_in)?;
     let memory = match card {
