@@ -42,6 +42,10 @@ fn key(name: &TensorName, is_adapted: bool) -> String {
 /// What the key of an adapted layer's bias ends in.
 const OF_ADAPTED: &str = ".base_layer.bias";
 
+/// What PEFT writes beside embeddings and head where it finds that the base was resized: what they were, and what they
+/// are once more.
+const SAVED_TWICE: [&str; 2] = [".original_module.weight", ".modules_to_save.weight"];
+
 /// A tensor's shape in the file: one row is a vector there.
 fn file_shape(kind: TensorKind, [rows, columns]: [usize; 2]) -> Vec<usize> {
     if kind.is_vector() { vec![columns] } else { vec![rows, columns] }
@@ -259,6 +263,9 @@ impl<'a> FileTensors<'a> {
     fn read(file: &SafeTensors, device: &'a Device) -> Self {
         let (mut tensors, mut problems) = (HashMap::new(), Vec::new());
         for (key, view) in file.tensors() {
+            if SAVED_TWICE.iter().any(|end| key.ends_with(end)) {
+                continue;
+            }
             match to_f32(&view) {
                 Some(values) => drop(tensors.insert(key, (view.shape().to_vec(), values))),
                 None => problems
