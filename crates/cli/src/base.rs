@@ -8,12 +8,13 @@ use hf_hub::RepoType;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{PromptTemplate, TextTokenizer};
 use pronk_kernels::open_device;
-use pronk_lora::{Adapter, quantized_bits_of};
+use pronk_lora::{ADAPTER_WEIGHTS, Adapter, quantized_bits_of, vocab_size_of};
 use pronk_model::{Base, Decoder, LoadConfig, ModelError, Origin, Scheme, quantized};
 
 use crate::gguf_keys::vocabulary;
 use crate::hub::Pinned;
 use crate::progress;
+use crate::recipe::Recipe;
 use crate::terminal::{print, say};
 
 /// A base with its tokenizer, on the disk.
@@ -22,6 +23,8 @@ pub struct OpenedBase {
     pub tokenizer: TextTokenizer,
     /// As it was named: what an adapter says it belongs to.
     pub name: String,
+    /// How many tokens have embeddings: the base's, and those that were added to them.
+    pub vocab_size: usize,
 }
 
 /// Opens `name`: a path relative to `folder`, or a hub id.
@@ -36,7 +39,16 @@ pub fn open(name: &str, folder: &Path) -> Result<OpenedBase> {
         None => TextTokenizer::from_dir(&path),
     };
     let tokenizer = tokenizer.into_diagnostic().wrap_err_with(|| format!("the tokenizer of {name}"))?;
-    Ok(OpenedBase { base, tokenizer, name: name.to_owned() })
+    let vocab_size = base.config.vocab_size;
+    Ok(OpenedBase { base, tokenizer, name: name.to_owned(), vocab_size })
+}
+
+/// The base of `recipe`, with the tokens of the adapter that it starts from, and those that it adds.
+pub fn of_recipe(recipe: &Recipe) -> Result<OpenedBase> {
+    let opened = open(&recipe.base.path, Path::new("."))?;
+    let opened =
+        recipe.lora.init_adapter.iter().try_fold(opened, |opened, dir| opened.with_tokens_of(dir))?;
+    opened.with_tokens(&recipe.tokens.add)
 }
 
 /// Where the base called `name` lies: a path relative to `folder`, or the hub's cache once it is fetched.
@@ -144,9 +156,38 @@ impl OpenedBase {
         Ok(Some(quantized))
     }
 
-    /// The base that the adapter in `dir` belongs to: this one, or, where the adapter started from what
-    /// quantizing takes away, this one quantized.
+    /// The same with `tokens` added to it, which is said.
+    fn with_tokens(mut self, tokens: &[String]) -> Result<Self> {
+        self.tokenizer.add_tokens(tokens).into_diagnostic()?;
+        let added: Vec<(u32, &String)> =
+            tokens.iter().filter_map(|token| Some((self.tokenizer.token_id(token)?, token))).collect();
+        let Some((last, _)) = added.last() else { return Ok(self) };
+        self.vocab_size = self.vocab_size.max(*last as usize + 1);
+        let shown: Vec<String> = added.iter().map(|(id, token)| format!("{token} is {id}")).collect();
+        print(&format!(
+            "tokens    {}: embeddings and head are trained whole (lora.modules_to_save)\n",
+            shown.join(", ")
+        ));
+        Ok(self)
+    }
+
+    /// The same with the tokens that lie with the adapter in `dir`.
+    fn with_tokens_of(mut self, dir: &Path) -> Result<Self> {
+        if dir.join(ADAPTER_WEIGHTS).exists() {
+            self.tokenizer.add_tokens_of(dir).into_diagnostic()?;
+            self.vocab_size = self.vocab_size.max(vocab_size_of(dir).into_diagnostic()?.unwrap_or(0));
+        }
+        Ok(self)
+    }
+
+    /// The base that the adapter in `dir` belongs to: this one with the tokens that lie there; where the adapter
+    /// started from what quantizing takes away, this one quantized.
     pub fn of_adapter(self, dir: &Path) -> Result<Self> {
+        let opened = self.with_tokens_of(dir)?;
+        opened.quantized_for(dir)
+    }
+
+    fn quantized_for(self, dir: &Path) -> Result<Self> {
         let Some(bits) = quantized_bits_of(dir).into_diagnostic()? else { return Ok(self) };
         let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.bits() == bits);
         let (Some(scheme), None) = (scheme, self.base.quantization()) else { return Ok(self) };
@@ -190,9 +231,13 @@ impl OpenedBase {
         Adapter::load(dir, &self.base.config.adapter_modules(), decoder.device()).into_diagnostic()
     }
 
-    /// A tokenizer may know more tokens than the base has embeddings for.
+    /// A tokenizer may know more tokens than there are embeddings for.
     pub fn must_embed(&self, highest: Option<u32>) -> Result<()> {
-        let vocab_size = self.base.config.vocab_size;
+        self.must_embed_within(self.vocab_size, highest)
+    }
+
+    /// The same of `vocab_size` embeddings: one adapter's.
+    pub fn must_embed_within(&self, vocab_size: usize, highest: Option<u32>) -> Result<()> {
         match highest {
             Some(id) if id as usize >= vocab_size => Err(miette!(
                 "{}: the tokenizer gives token {id}, but the base has embeddings for {vocab_size} tokens only",

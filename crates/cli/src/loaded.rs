@@ -10,7 +10,7 @@ use pronk_data::{
     tokenize_prompt,
 };
 use pronk_kernels::open_device;
-use pronk_lora::Adapter;
+use pronk_lora::{Adapter, TensorName};
 use pronk_model::{Base, Decoder, Memory, StartWeights, WeightBytes};
 use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, TrainError, Trainer};
 
@@ -114,7 +114,9 @@ impl LoadedRun {
         };
         let adapter = decoder.started_adapter(&recipe.lora.config, weights, recipe.train.seed, progress);
         bar.finish_and_clear();
-        adapter.into_diagnostic()
+        let mut adapter = adapter.into_diagnostic()?;
+        opened.base.set_whole(&mut adapter, opened.vocab_size, decoder.device()).into_diagnostic()?;
+        Ok(adapter)
     }
 
     /// The run, before its first step.
@@ -218,6 +220,21 @@ fn adapter_to_start_from(
             ));
         }
     }
+    let whole = wanted.whole(&opened.base.config.adapter_modules()).into_diagnostic()?;
+    if !whole.keys().eq(adapter.whole.keys()) {
+        let shown = |names: Vec<&TensorName>| match &names[..] {
+            [] => "nothing".to_owned(),
+            names => names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        };
+        return Err(miette!(
+            "lora.init_adapter: {} trains {} whole, the recipe {}; expected the same lora.modules_to_save, \
+             lora.ensure_weight_tying and lora.bias",
+            dir.display(),
+            shown(adapter.whole.keys().collect()),
+            shown(whole.keys().collect()),
+        ));
+    }
+    adapter.grow_vocabulary(opened.vocab_size);
     // What is adapted is the adapter's; how it is trained on is the recipe's.
     adapter.config.dropout = wanted.dropout;
     Ok(adapter)

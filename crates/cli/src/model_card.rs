@@ -9,6 +9,7 @@ use pronk_export::{MODEL_GGUF, Runtime};
 use pronk_lora::Adapter;
 use pronk_train::ModelCard;
 
+use crate::args::Method;
 use crate::base::{self, OpenedBase};
 
 /// What the commands ask.
@@ -319,6 +320,12 @@ impl<'a> Making<'a> {
             }
             _ => "",
         };
+        // Tokens that were added are known to the tokenizer beside the adapter, and have their rows in it alone.
+        let brings_tokens = adapter.is_some() && !self.opened.tokenizer.added_tokens().is_empty();
+        let tokenizer = if brings_tokens { "\".\"" } else { "base" };
+        let rows = self.adapter.vocab_size().filter(|rows| *rows > self.opened.base.config.vocab_size);
+        let resize = rows.filter(|_| adapter.is_some());
+        let resize = resize.map_or(String::new(), |rows| format!("model.resize_token_embeddings({rows})\n"));
         let (bits, quantized) = match self.quantized().filter(|_| adapter.is_some()) {
             Some((_, how)) => {
                 (", BitsAndBytesConfig", format!(", quantization_config=BitsAndBytesConfig({how})"))
@@ -336,14 +343,44 @@ impl<'a> Making<'a> {
         format!(
             "{import}from transformers import AutoModelForCausalLM, AutoTokenizer{bits}\n\n\
              base = {}\n\
-             tokenizer = AutoTokenizer.from_pretrained(base)\n{template}\
-             model = AutoModelForCausalLM.from_pretrained(base, dtype=\"auto\"{quantized})\n{load}\
+             tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n{template}\
+             model = AutoModelForCausalLM.from_pretrained(base, dtype=\"auto\"{quantized})\n{resize}{load}\
              {asked}\n\
              output = model.generate(**inputs, max_new_tokens={MAX_TOKENS}, do_sample=False)\n\
              print(tokenizer.decode(output[0, inputs[\"input_ids\"].shape[1] :], skip_special_tokens=True))",
             python(model)
         )
     }
+}
+
+/// Of an adapter that was combined out of others for `base`, which nobody has opened.
+pub fn of_combined(adapter: &Adapter, base: &str, parts: &[(String, f64)], method: Method) -> String {
+    let named = if base.is_empty() { "BASE" } else { base };
+    let is_hub_id = !base.is_empty() && !Path::new(base).is_absolute();
+    let base_model =
+        if is_hub_id { format!("base_model: {base}\nbase_model_relation: adapter\n") } else { String::new() };
+    let title = Path::new(named).file_name().unwrap_or_default().to_string_lossy();
+    let how = match method {
+        Method::Cat => "the weighted sum of their updates",
+        Method::Linear => "weighted sums of their A and of their B",
+    };
+    let quantized = adapter.config.loftq_config.map_or("", |loftq| match loftq.loftq_bits {
+        4 => " It belongs to that base quantized to NF4 (LoftQ).",
+        _ => " It belongs to that base quantized to int8 (LoftQ).",
+    });
+    let row = |(dir, weight): &(String, f64)| {
+        let name = Path::new(dir).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        format!("| {name} | {weight} |\n")
+    };
+    let rows: String = parts.iter().map(row).collect();
+    let use_of = block("pronk", "sh", &format!("pronk chat --base {} --adapter .", shell(named)));
+    format!(
+        "---\n{base_model}library_name: peft\npipeline_tag: text-generation\ntags: [lora, pronk]\n---\n\n\
+         # {title}, tuned\n\nA LoRA adapter for `{named}`, combined out of others.{quantized}\n\n\
+         ## Use\n\nThe command is for this folder; PEFT loads it as any adapter.\n\n{use_of}\
+         {training}\nNone of its own: {how}.\n\n| adapter | weight |\n|---|---|\n{rows}",
+        training = ModelCard::TRAINING,
+    )
 }
 
 /// The card that begins with `opening` and goes on with what the card of the adapter in `dir` tells of its training.

@@ -19,6 +19,7 @@ use crate::datasets;
 pub struct Recipe {
     pub base: BaseTable,
     pub data: DataTable,
+    pub tokens: TokensTable,
     pub lora: LoraTable,
     pub train: TrainConfig,
     pub run: RunTable,
@@ -165,6 +166,14 @@ impl Default for DataTable {
     }
 }
 
+/// `[tokens]`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TokensTable {
+    /// Tokens to add to the base's.
+    pub add: Vec<String>,
+}
+
 /// `[lora]`
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LoraTable {
@@ -234,7 +243,11 @@ impl Recipe {
         };
         let base: Option<BaseTable> = section(&mut table, "base", problems);
         let data: Option<DataTable> = section(&mut table, "data", problems);
-        let lora: Option<LoraConfig> = section(&mut table, "lora", problems);
+        let tokens: Option<TokensTable> = section(&mut table, "tokens", problems);
+        let mut lora: Option<LoraConfig> = section(&mut table, "lora", problems);
+        if let (Some(tokens), Some(lora)) = (&tokens, &mut lora) {
+            save_vocabulary(tokens, lora);
+        }
         let train: Option<TrainConfig> = section(&mut table, "train", problems);
         let run: Option<RunTable> = section(&mut table, "run", problems);
         problems.extend(train.iter().flat_map(TrainConfig::problems).map(|e| e.to_string()));
@@ -242,6 +255,7 @@ impl Recipe {
         let recipe = Self {
             base: base?,
             data: data?,
+            tokens: tokens?,
             lora: LoraTable { config: lora?, init_adapter },
             train: train?,
             run: run?,
@@ -366,6 +380,16 @@ impl Recipe {
     }
 }
 
+/// Tokens that are added have to be learned: embeddings and head are trained whole with them.
+fn save_vocabulary(tokens: &TokensTable, lora: &mut LoraConfig) {
+    for module in ["embed_tokens", "lm_head"] {
+        let is_named = |name: &String| name.rsplit('.').next() == Some(module);
+        if !tokens.add.is_empty() && !lora.modules_to_save.iter().any(is_named) {
+            lora.modules_to_save.push(module.to_owned());
+        }
+    }
+}
+
 fn section<T: DeserializeOwned>(table: &mut Table, name: &str, problems: &mut Vec<String>) -> Option<T> {
     let value = table.remove(name).unwrap_or_else(|| Value::Table(Table::new()));
     let Value::Table(mut knobs) = value else {
@@ -412,6 +436,7 @@ fn known_knobs(section: &str) -> Vec<String> {
     let table = match section {
         "base" => Table::try_from(BaseTable::default()),
         "data" => Table::try_from(DataTable::default()),
+        "tokens" => Table::try_from(TokensTable::default()),
         "lora" => Table::try_from(LoraConfig::default()),
         "train" => Table::try_from(TrainConfig::default()),
         _ => Table::try_from(RunTable::default()),
@@ -420,7 +445,7 @@ fn known_knobs(section: &str) -> Vec<String> {
     table.unwrap_or_default().into_iter().map(|(knob, _)| knob).chain(optional).collect()
 }
 
-const SECTIONS: [&str; 5] = ["base", "data", "lora", "train", "run"];
+const SECTIONS: [&str; 6] = ["base", "data", "tokens", "lora", "train", "run"];
 
 /// Every table and knob that a recipe does not have, with the name that was probably meant.
 fn unknown_knobs(table: &Table) -> Vec<String> {
@@ -516,6 +541,15 @@ mod tests {
         assert_eq!(recipe.data.columns.instruction.as_deref(), Some("question"));
         let again = read(&recipe.to_toml().unwrap(), &[]).unwrap();
         assert_eq!(again, recipe);
+    }
+
+    #[test]
+    fn tokens_that_are_added_are_trained() {
+        let saved = |set: &[&str]| read(MINIMAL, set).unwrap().lora.config.modules_to_save;
+        assert!(saved(&[]).is_empty());
+        assert_eq!(saved(&["tokens.add=['<|hum|>']"]), ["embed_tokens", "lm_head"]);
+        let named = "lora.modules_to_save=['model.embed_tokens']";
+        assert_eq!(saved(&["tokens.add=['<|hum|>']", named]), ["model.embed_tokens", "lm_head"]);
     }
 
     #[test]

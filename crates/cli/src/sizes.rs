@@ -3,7 +3,7 @@
 
 use miette::{IntoDiagnostic, Result};
 use pronk_data::{MicroBatches, PrepareConfig, PreparedDataset, PromptTemplate, key};
-use pronk_model::{LoadConfig, Memory, Residency, Scheme, WeightBytes};
+use pronk_model::{DecoderConfig, LoadConfig, Memory, Residency, Scheme, WeightBytes};
 use pronk_train::{MemoryPlan, Plan, Shapes};
 
 use crate::base::OpenedBase;
@@ -82,7 +82,8 @@ pub fn shapes(
     let format = quantize.scheme().map(Scheme::format);
     let config = LoadConfig { weights, ..recipe.base.load_config() };
     let bytes = WeightBytes::of(&opened.base, config, format, memory).into_diagnostic()?;
-    Shapes::new(&opened.base.config, bytes, &recipe.lora.config).into_diagnostic()
+    let model = DecoderConfig { vocab_size: opened.vocab_size, ..opened.base.config.clone() };
+    Shapes::new(&model, bytes, &recipe.lora.config).into_diagnostic()
 }
 
 /// The recipe's run, held against the memory it will compute in.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use miette::{IntoDiagnostic, Result, miette};
 use pronk_data::{Conversation, PromptTemplate, Question, tokenize_prompt};
-use pronk_lora::{Adapter, ForwardMode};
+use pronk_lora::{Adapter, ForwardMode, vocab_size_of};
 use pronk_model::{Answer, Decoder, KeyValueCache, LoadConfig, Sampling, answer};
 
 use crate::args::Speaking;
@@ -17,6 +17,8 @@ pub struct Voice {
     pub name: String,
     pub template: PromptTemplate,
     dir: Option<PathBuf>,
+    /// How many tokens it has embeddings for.
+    vocab_size: usize,
 }
 
 /// All that is needed to ask, before any weight is read.
@@ -50,7 +52,12 @@ impl Voices {
                 ));
             }
             let template = base::template(args.template.as_deref(), dir.as_deref(), &opened.tokenizer)?;
-            voices.push(Voice { name, template, dir });
+            let vocab_size = match &dir {
+                Some(dir) => vocab_size_of(dir).into_diagnostic()?,
+                None => None,
+            };
+            let vocab_size = vocab_size.unwrap_or(opened.base.config.vocab_size);
+            voices.push(Voice { name, template, dir, vocab_size });
         }
         let mut dirs = voices.iter().filter_map(|voice| voice.dir.as_deref());
         let opened = dirs.try_fold(opened, OpenedBase::of_adapter)?;
@@ -73,14 +80,15 @@ impl Voices {
     /// The tokens that `voice` is to go on from.
     pub fn prompt(&self, voice: usize, question: &Question) -> Result<Vec<u32>> {
         let tokenizer = &self.opened.tokenizer;
-        let ids = match (question, self.all.get(voice)) {
-            (Question::Conversation(asked), Some(Voice { template, .. })) => {
-                tokenize_prompt(tokenizer, asked, template).into_diagnostic()?
-            }
-            (Question::Text(text), _) => tokenizer.encode_prompt(text).into_diagnostic()?,
-            (_, None) => return Err(miette!("there is no adapter number {voice}")),
+        let Some(Voice { template, vocab_size, .. }) = self.all.get(voice) else {
+            return Err(miette!("there is no adapter number {voice}"));
         };
-        self.opened.must_embed(ids.iter().max().copied())?;
+        let ids = match question {
+            Question::Conversation(asked) => tokenize_prompt(tokenizer, asked, template),
+            Question::Text(text) => tokenizer.encode_prompt(text),
+        };
+        let ids = ids.into_diagnostic()?;
+        self.opened.must_embed_within(*vocab_size, ids.iter().max().copied())?;
         let context = self.opened.base.config.max_position_embeddings;
         if ids.len() >= context {
             return Err(miette!("the prompt has {} tokens, the base's context is {context}", ids.len()));

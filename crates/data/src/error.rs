@@ -145,6 +145,14 @@ pub enum DataError {
         /// What is wrong and what to do.
         message: String,
     },
+    /// Tokens that cannot be added to a tokenizer.
+    #[error("{place}: {message}")]
+    AddedTokens {
+        /// The knob or the file that names them.
+        place: String,
+        /// What is wrong and what to do.
+        message: String,
+    },
     /// A record that reads well but could not be rendered or tokenized.
     #[error("{origin}: {source}")]
     Record {

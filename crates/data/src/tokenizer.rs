@@ -1,12 +1,13 @@
 //! Text to token ids and back, and which ids begin and end a text.
 
+mod added;
 mod encoder;
 mod gguf;
 mod hugging_face;
 mod sentence_piece;
 mod stream;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -31,6 +32,8 @@ pub struct TextTokenizer {
     eos: Vec<u32>,
     /// Whether a text begins with a space that is not in it.
     adds_space: bool,
+    /// Tokens that were added to what was read, by id.
+    added: BTreeMap<u32, String>,
     /// What [`TextTokenizer::save`] writes as `tokenizer_config.json`.
     config: Map<String, Value>,
     /// Made when it is first asked for: the whole vocabulary goes into it.
@@ -99,7 +102,8 @@ impl TextTokenizer {
         let probe = tokenizer.encode_fast("a", false).map_err(|e| error(e.to_string()))?;
         let first = probe.get_ids().first().and_then(|&id| tokenizer.id_to_token(id));
         let adds_space = first.is_some_and(|token| token.starts_with('▁'));
-        Ok(Self { tokenizer, bos, eos, adds_space, config, fingerprint: OnceLock::new() })
+        let (added, fingerprint) = (BTreeMap::new(), OnceLock::new());
+        Ok(Self { tokenizer, bos, eos, adds_space, added, config, fingerprint })
     }
 
     /// The token that begins a text; `None` if the tokenizer adds none.
@@ -224,21 +228,27 @@ impl TextTokenizer {
         Ok(self.fingerprint.get_or_init(|| files::hex(hasher)))
     }
 
-    /// Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`, for transformers and the
-    /// other runtimes to load. `dir` has to exist.
+    /// Writes [`TextTokenizer::files`] into `dir`, which has to exist.
     pub fn save(&self, dir: &Path) -> Result<(), DataError> {
-        let write = |name: &str, text: &str| {
-            files::write_atomically(&dir.join(name), &[text.as_bytes(), b"\n"], "write the tokenizer")
-        };
+        self.files()?.iter().try_for_each(|(name, text)| {
+            files::write_atomically(&dir.join(name), &[text.as_bytes()], "write the tokenizer")
+        })
+    }
+
+    /// `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` by name, for transformers and the
+    /// other runtimes to load.
+    pub fn files(&self) -> Result<[(&'static str, String); 3], DataError> {
         let special: Map<String, Value> = ["bos_token", "eos_token", "unk_token", "pad_token"]
             .into_iter()
             .filter_map(|name| {
                 Some((name.to_owned(), self.config.get(name).filter(|v| !v.is_null())?.clone()))
             })
             .collect();
-        write("tokenizer.json", &self.to_json(true)?)?;
-        write("tokenizer_config.json", &format!("{:#}", Value::Object(self.config.clone())))?;
-        write("special_tokens_map.json", &format!("{:#}", json!(special)))
+        Ok([
+            ("tokenizer.json", self.to_json(true)? + "\n"),
+            ("tokenizer_config.json", format!("{:#}\n", Value::Object(self.config.clone()))),
+            ("special_tokens_map.json", format!("{:#}\n", json!(special))),
+        ])
     }
 
     fn to_json(&self, pretty: bool) -> Result<String, DataError> {

@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pronk_lora::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraPair};
 use pronk_model::{Base, Staging};
 
-use crate::update::{check_fit, values};
+use crate::update::{check_fit, merged_config, values};
 use crate::{ExportError, Finish, Runtime, Verification, verify};
 
 /// How to write an adapter for another runtime.
@@ -57,7 +57,7 @@ pub fn export(
     if !refusals.is_empty() {
         return Err(ExportError::Refused { runtime, problems: refusals });
     }
-    verify::check_prompt(base, &options.prompt)?;
+    verify::check_prompt(&merged_config(base, adapter), &options.prompt)?;
     let staging = Staging::beside(out, Some(&base.path))?;
     let files = write(base, adapter, options, &staging)?;
     finish(staging.path()).map_err(ExportError::Finish)?;
@@ -65,7 +65,8 @@ pub fn export(
     let verification = verify::verify_adapter(base, adapter, &found, &options.prompt, device)?;
     let notes = runtime.notes(base, adapter);
     staging.publish()?;
-    Ok(ExportReport { files, adapted: adapter.pairs.len(), notes, verification })
+    let adapted = adapter.pairs.len() + adapter.whole.len();
+    Ok(ExportReport { files, adapted, notes, verification })
 }
 
 fn write(
@@ -88,7 +89,7 @@ fn write(
 fn read(base: &Base, runtime: Runtime, dir: &Path, device: &Device) -> Result<Adapter, ExportError> {
     match runtime {
         Runtime::Peft | Runtime::Vllm | Runtime::MistralRs => {
-            Ok(Adapter::load(dir, &base.config.linear_modules(), device)?)
+            Ok(Adapter::load(dir, &base.config.adapter_modules(), device)?)
         }
         Runtime::Gguf | Runtime::Ollama => gguf::read(base, dir, device),
         Runtime::Mlx => mlx::read(dir, device),

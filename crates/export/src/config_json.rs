@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use pronk_model::Base;
+use pronk_model::{Base, DecoderConfig};
 use serde_json::{Map, Value};
 
 use crate::{Dtype, ExportError};
@@ -20,11 +20,11 @@ const SPECIAL_TOKENS: [(&str, &str); 3] = [
     ("pad_token_id", "tokenizer.ggml.padding_token_id"),
 ];
 
-/// Every key of the base's configuration, and beside each key that has two names the other
+/// Every key of the base's configuration, as they are for `merged`, and beside each key that has two names the other
 /// one. `dtype` is `None` where the base's formats are kept.
-pub fn config_json(base: &Base, dtype: Option<Dtype>) -> Result<Value, ExportError> {
+pub fn config_json(base: &Base, merged: &DecoderConfig, dtype: Option<Dtype>) -> Result<Value, ExportError> {
     let ours = dtype.unwrap_or(Dtype::of_file(base.dtype())).torch_name();
-    let mut fresh = base.config.to_json(ours);
+    let mut fresh = merged.to_json(ours);
     if let Some(gguf) = base.gguf() {
         for (key, gguf_key) in SPECIAL_TOKENS {
             if let Some(id) = gguf.number(gguf_key) {
@@ -43,6 +43,12 @@ pub fn config_json(base: &Base, dtype: Option<Dtype>) -> Result<Value, ExportErr
         if let (false, Some(ours)) = (known(&config, key), fresh.get(key)) {
             config.insert(key.into(), ours.clone());
         }
+    }
+    if merged.vocab_size != base.config.vocab_size {
+        config.insert("vocab_size".into(), merged.vocab_size.into());
+    }
+    if merged.tie_word_embeddings != base.config.tie_word_embeddings {
+        config.insert("tie_word_embeddings".into(), merged.tie_word_embeddings.into());
     }
     // A `rope_parameters` that leaves theta to `rope_theta` is complete only for some readers.
     if let (Some(Value::Object(nested)), Value::Object(complete)) =

@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use pronk_kernels::Format;
 use pronk_lora::Adapter;
-use pronk_model::{Base, GgufTensor, GgufValue, GgufWriter, Staging};
+use pronk_model::{Base, DecoderConfig, GgufTensor, GgufValue, GgufWriter, Staging};
 
 use crate::update::Update;
 use crate::{Dtype, ExportError, Finish, GgufType, MergeReport, verify};
@@ -41,15 +41,16 @@ pub fn merge_gguf(
     finish: &mut Finish,
 ) -> Result<MergeReport, ExportError> {
     let update = Update::new(base, adapter, Some(Dtype::F32))?;
-    verify::check_prompt(base, &options.prompt)?;
+    verify::check_prompt(update.config(), &options.prompt)?;
     let kind = options.kind.unwrap_or(Dtype::of_file(base.dtype()).into());
-    let metadata = metadata(base, kind, &options.metadata)?;
+    let metadata = metadata(base, update.config(), kind, &options.metadata)?;
     let staging = Staging::beside(out, Some(&base.path))?;
-    let tensors = plan(base, kind)?;
+    let tensors = plan(&update, kind)?;
     let bytes = write(base, &update, &staging, &metadata, &tensors, progress)?;
     finish(staging.path()).map_err(ExportError::Finish)?;
     let merged = staging.path().join(MODEL_GGUF);
-    let verification = verify::verify_gguf(base, adapter, &merged, kind, &options.prompt, device)?;
+    let verification =
+        verify::verify_gguf(base, adapter, update.config(), &merged, kind, &options.prompt, device)?;
     staging.publish()?;
     let files = vec![MODEL_GGUF.to_owned()];
     Ok(MergeReport { files, tensors: tensors.len(), adapted: update.len(), bytes, verification })
@@ -58,6 +59,7 @@ pub fn merge_gguf(
 /// All keys of the file: a GGUF base's own, or those of the configuration.
 fn metadata(
     base: &Base,
+    merged: &DecoderConfig,
     kind: GgufType,
     more: &[(String, GgufValue)],
 ) -> Result<Vec<(String, GgufValue)>, ExportError> {
@@ -71,11 +73,16 @@ fn metadata(
     }
     ours.extend_from_slice(more);
     let mut keys = match base.gguf() {
-        Some(file) => file.metadata(),
-        None => base
-            .config
-            .to_gguf()
-            .map_err(|problems| ExportError::NoGguf { base: base.path.clone(), problems })?,
+        Some(file) => {
+            let mut keys = file.metadata();
+            for (_, value) in keys.iter_mut().filter(|(key, _)| key.ends_with(".vocab_size")) {
+                *value = GgufValue::U32(merged.vocab_size as u32);
+            }
+            keys
+        }
+        None => {
+            merged.to_gguf().map_err(|problems| ExportError::NoGguf { base: base.path.clone(), problems })?
+        }
     };
     // What tells how the base's own numbers were kept is not so any more.
     let of_the_base = ["general.quantization_version", "general.alignment", "quantize.", "split."];
@@ -89,12 +96,12 @@ fn metadata(
 }
 
 /// Every tensor of the model, by the name that the file has for it.
-fn plan(base: &Base, kind: GgufType) -> Result<Vec<(String, GgufTensor)>, ExportError> {
-    let config = &base.config;
+fn plan(update: &Update, kind: GgufType) -> Result<Vec<(String, GgufTensor)>, ExportError> {
+    let config = update.config();
     let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
     let place = |(name, shape): (String, Vec<usize>)| {
         let gguf = config.gguf_name(&name).ok_or_else(|| ExportError::NoGguf {
-            base: base.path.clone(),
+            base: update.base().path.clone(),
             problems: vec![format!("{name}: llama.cpp has no such tensor")],
         })?;
         let format = match shape[..] {

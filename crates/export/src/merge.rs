@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::path::Path;
 
@@ -69,25 +70,31 @@ pub fn merge(
     finish: &mut Finish,
 ) -> Result<MergeReport, ExportError> {
     let update = Update::new(base, adapter, options.dtype)?;
-    verify::check_prompt(base, &options.prompt)?;
+    verify::check_prompt(update.config(), &options.prompt)?;
     let staging = Staging::beside(out, Some(&base.path))?;
     let dir = staging.path();
     let shards = plan(base, &update, options)?;
     let WrittenWeights { files, tensors, bytes } = write_weights(&update, shards, &staging, progress)?;
-    staging.add_file(CONFIG, format!("{:#}\n", config_json(base, options.dtype)?).as_bytes())?;
+    staging
+        .add_file(CONFIG, format!("{:#}\n", config_json(base, update.config(), options.dtype)?).as_bytes())?;
     if base.gguf().is_none() {
         copy_companions(&base.path, dir)?;
     }
     finish(dir).map_err(ExportError::Finish)?;
-    let verification = verify::verify(base, adapter, dir, &options.prompt, device)?;
+    let verification = verify::verify(base, adapter, update.config(), dir, &options.prompt, device)?;
     staging.publish()?;
     Ok(MergeReport { files, tensors, adapted: update.len(), bytes, verification })
 }
 
 /// The base's files, with the formats that their tensors will have.
 fn plan(base: &Base, update: &Update, options: &MergeOptions) -> Result<Vec<ShardSpec>, ExportError> {
-    let mut shapes = base.shapes();
-    let shards = base.shards(options.shard_bytes, options.dtype.unwrap_or(Dtype::F32).bytes());
+    let mut shapes = update.shapes();
+    let mut shards = base.shards(options.shard_bytes, options.dtype.unwrap_or(Dtype::F32).bytes());
+    let held: BTreeSet<&String> = shards.iter().flat_map(|shard| &shard.tensors).collect();
+    let new: Vec<String> = shapes.keys().filter(|name| !held.contains(name)).cloned().collect();
+    if let Some(last) = shards.last_mut() {
+        last.tensors.extend(new);
+    }
     let spec = |shard: Shard| {
         let mut tensors = Vec::with_capacity(shard.tensors.len());
         for name in shard.tensors {

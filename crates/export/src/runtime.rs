@@ -1,7 +1,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use pronk_lora::{Adapter, LoraPair};
+use pronk_lora::{Adapter, LoraPair, TensorKind};
 use pronk_model::{Base, Family, GgufAdapter};
 
 use crate::ExportError;
@@ -38,6 +38,12 @@ impl Runtime {
         if !knows_dora && adapter.pairs.values().any(|pair| pair.magnitude.is_some()) {
             refusals.push(format!("{self} knows no DoRA; {merge}"));
         }
+        if let (false, Some(name)) = (self == Self::Peft, adapter.whole.keys().next()) {
+            let knob = if name.kind == TensorKind::Bias { "lora.bias" } else { "lora.modules_to_save" };
+            refusals.push(format!(
+                "{name} is trained whole ({knob}), and {self} takes low-rank updates alone; {merge}"
+            ));
+        }
         match self {
             Self::Gguf | Self::Ollama => {
                 let unknown = adapter.pairs.keys().find(|name| GgufAdapter::names(&base.config, name).is_none());
@@ -69,6 +75,14 @@ impl Runtime {
             let path = base.path.display();
             notes.push(format!(
                 "{self} wants the Hugging Face directory that {path} was made from as the base"
+            ));
+        }
+        if let (Self::Peft, Some(rows)) =
+            (self, adapter.vocab_size().filter(|rows| *rows > base.config.vocab_size))
+        {
+            notes.push(format!(
+                "it has {rows} tokens, the base {}: model.resize_token_embeddings({rows}) comes before PeftModel",
+                base.config.vocab_size
             ));
         }
         if let (Self::Vllm, Some(room)) = (self, Self::max_lora_rank(adapter)) {

@@ -1,11 +1,11 @@
 //! What an adapter changes: `W + scale * B A`, with `DoRA` its rows made as long as the magnitudes say; one
-//! weight at a time.
+//! weight at a time. What it trains whole takes the place of the base's own.
 
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
-use pronk_lora::{Adapter, LoraPair, ModuleShape};
-use pronk_model::{Base, HostTensor, ModelError};
+use pronk_lora::{Adapter, LoraPair, ModuleShape, TensorKind, TensorName};
+use pronk_model::{Base, DecoderConfig, HostTensor, ModelError};
 
 use crate::{Dtype, ExportError};
 
@@ -14,6 +14,8 @@ pub struct Update<'a> {
     base: &'a Base,
     /// On layers that the base has.
     adapter: Adapter,
+    /// Of the merged model.
+    config: DecoderConfig,
     /// `None` keeps each tensor's own format.
     dtype: Option<Dtype>,
 }
@@ -23,7 +25,40 @@ impl<'a> Update<'a> {
     pub fn new(base: &'a Base, adapter: &Adapter, dtype: Option<Dtype>) -> Result<Self, ExportError> {
         let adapter = adapter.onto_packed(&base.config.adapter_modules());
         check_fit(base, &adapter)?;
-        Ok(Self { base, adapter, dtype })
+        let config = merged_config(base, &adapter);
+        Ok(Self { base, adapter, config, dtype })
+    }
+
+    /// What the merged model looks like: it may know more tokens, and a head that was trained apart is tied no more.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// What it changes.
+    pub fn base(&self) -> &Base {
+        self.base
+    }
+
+    /// Shapes of all tensors of the merged model, by name.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let mut shapes = self.base.shapes();
+        let vocabulary = [EMBEDDINGS, HEAD].into_iter();
+        let present = vocabulary.filter(|name| shapes.contains_key(*name) || self.unties(name));
+        let present: Vec<&str> = present.collect();
+        for name in present {
+            shapes.insert(name.to_owned(), vec![self.config.vocab_size, self.config.hidden_size]);
+        }
+        shapes
+    }
+
+    /// Whether `name` is the head's weight, which the base has only as embeddings.
+    pub fn unties(&self, name: &str) -> bool {
+        name == HEAD && self.base.config.tie_word_embeddings && !self.config.tie_word_embeddings
+    }
+
+    /// Under which name the base has what becomes `name`.
+    fn in_base(&self, name: &str) -> String {
+        if self.unties(name) { EMBEDDINGS.to_owned() } else { name.to_owned() }
     }
 
     /// The format in which the tensor called `name` is written. What is quantized in the base, and
@@ -31,20 +66,24 @@ impl<'a> Update<'a> {
     pub fn dtype(&self, name: &str) -> Result<Dtype, ExportError> {
         match self.dtype {
             Some(dtype) => Ok(dtype),
-            None => Ok(Dtype::of_file(self.base.dtype_of(name)?)),
+            None => Ok(Dtype::of_file(self.base.dtype_of(&self.in_base(name))?)),
         }
     }
 
     /// How many tensors the adapter changes.
     pub fn len(&self) -> usize {
-        self.adapter.pairs.len()
+        self.adapter.pairs.len() + self.adapter.whole.len()
     }
 
     /// The tensor called `name` as the merged model has it, rounded once, from float32. One
     /// that neither the adapter nor the format changes comes as the base's own bytes.
     pub fn apply(&self, name: &str) -> Result<HostTensor<'a>, ExportError> {
         let dtype = self.dtype(name)?;
-        let host = self.base.read(name)?;
+        if let Some(tensor) = self.trained_whole(name) {
+            let shape = if name.ends_with(".bias") { vec![tensor.dims()[1]] } else { tensor.dims().to_vec() };
+            return rounded(name, &values(tensor)?, shape, dtype);
+        }
+        let host = self.base.read(&self.in_base(name))?;
         let pair = name.strip_suffix(".weight").and_then(|module| self.adapter.pairs.get(module));
         if pair.is_none() && host.dtype == dtype.in_file() {
             return Ok(host);
@@ -58,27 +97,67 @@ impl<'a> Update<'a> {
                 set_norms(&mut weight, &values(magnitude)?, columns);
             }
         }
-        if let Some(&found) = weight.iter().find(|x| !dtype.holds(**x)) {
-            let remedy = if found.is_finite() {
-                "choose --dtype bf16 or f32"
-            } else {
-                "the base or the adapter is damaged"
-            };
-            return Err(ExportError::Number {
-                tensor: name.into(),
-                dtype: dtype.torch_name(),
-                found,
-                remedy,
-            });
-        }
-        Ok(HostTensor::from_f32(&weight, host.shape, dtype.in_file()))
+        rounded(name, &weight, host.shape, dtype)
     }
+
+    /// What the adapter has in the place of the base's tensor called `name`.
+    fn trained_whole(&self, name: &str) -> Option<&Tensor<2>> {
+        if name == HEAD {
+            return self.adapter.head();
+        }
+        let mut whole = self.adapter.whole.iter();
+        whole.find(|(trained, _)| trained.to_string() == name).map(|(_, tensor)| tensor)
+    }
+}
+
+const EMBEDDINGS: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// The configuration of `base` with what `adapter` trains whole.
+pub fn merged_config(base: &Base, adapter: &Adapter) -> DecoderConfig {
+    let vocab_size = adapter.vocab_size().unwrap_or(base.config.vocab_size);
+    let stays_tied = adapter.config.ensure_weight_tying || adapter.vocab_size().is_none();
+    let tie_word_embeddings = base.config.tie_word_embeddings && stays_tied;
+    DecoderConfig { vocab_size, tie_word_embeddings, ..base.config.clone() }
+}
+
+/// `values` as the tensor called `name` of a file. Numbers that `dtype` cannot hold are refused.
+fn rounded(
+    name: &str,
+    values: &[f32],
+    shape: Vec<usize>,
+    dtype: Dtype,
+) -> Result<HostTensor<'static>, ExportError> {
+    if let Some(&found) = values.iter().find(|x| !dtype.holds(**x)) {
+        let remedy = if found.is_finite() {
+            "choose --dtype bf16 or f32"
+        } else {
+            "the base or the adapter is damaged"
+        };
+        return Err(ExportError::Number { tensor: name.into(), dtype: dtype.torch_name(), found, remedy });
+    }
+    Ok(HostTensor::from_f32(values, shape, dtype.in_file()))
 }
 
 /// Checks every module of `adapter` against the linear layers of `base`; lists all problems.
 pub fn check_fit(base: &Base, adapter: &Adapter) -> Result<(), ExportError> {
-    let modules = base.config.linear_modules();
-    let modules: BTreeMap<&str, &ModuleShape> = modules.iter().map(|m| (m.name.as_str(), m)).collect();
+    let modules = base.config.adapter_modules();
+    let modules = modules.iter().filter(|module| module.part_of.is_none());
+    let modules: BTreeMap<&str, &ModuleShape> = modules.map(|m| (m.name.as_str(), m)).collect();
+    let whole_problem = |(name, tensor): (&TensorName, &Tensor<2>)| {
+        let Some(module) = modules.get(name.module.as_str()) else {
+            return Some(format!("{name}: the base has no such module"));
+        };
+        let (found, outputs) = (tensor.dims(), module.out_features);
+        let (fits, expected) = match name.kind {
+            TensorKind::Bias => (found == [1, outputs], format!("{outputs} numbers")),
+            _ => (
+                found[0] >= outputs && found[1] == module.in_features,
+                format!("at least {outputs} rows of {}", module.in_features),
+            ),
+        };
+        (!fits).then(|| format!("{name}: expected {expected}, found shape {found:?}"))
+    };
     let problem = |(name, pair): (&String, &LoraPair)| {
         let rank = pair.rank();
         let Some(module) = modules.get(name.as_str()) else {
@@ -95,6 +174,7 @@ pub fn check_fit(base: &Base, adapter: &Adapter) -> Result<(), ExportError> {
             .then(|| format!("{name}: expected A and B of shapes {expected:?}, found {found:?}"))
     };
     let mut problems: Vec<String> = adapter.pairs.iter().filter_map(problem).collect();
+    problems.extend(adapter.whole.iter().filter_map(whole_problem));
     if adapter.pairs.values().all(|pair| pair.rank() == 0) {
         problems.push("it adapts no module at all".into());
     }

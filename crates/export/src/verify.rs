@@ -20,7 +20,7 @@ pub struct Verification {
     pub kl: f64,
 }
 
-/// Compares the model in the directory `merged` with `base` and `adapter` on `prompt`. Blocks
+/// Compares the model in the directory `merged`, which is to be as `expected`, with `base` and `adapter` on `prompt`. Blocks
 /// are read and run one at a time, first of the one, then of the other: the largest models are
 /// verified in little memory.
 ///
@@ -33,12 +33,13 @@ pub struct Verification {
 pub fn verify(
     base: &Base,
     adapter: &Adapter,
+    expected: &DecoderConfig,
     merged: &Path,
     prompt: &[u32],
     device: &Device,
 ) -> Result<Verification, ExportError> {
     let merged = Base::open(merged)?;
-    same_decoder(base, &merged, &base.config)?;
+    same_decoder(&merged, expected)?;
     let dtype = coarsest(&merged)?;
     let result = measure(base, adapter, &merged, prompt, device)?;
     within("the merged model", result, bound(dtype, device), dtype.torch_name(), dtype == Dtype::F32)
@@ -51,6 +52,7 @@ pub fn verify(
 pub fn verify_gguf(
     base: &Base,
     adapter: &Adapter,
+    expected: &DecoderConfig,
     merged: &Path,
     kind: GgufType,
     prompt: &[u32],
@@ -58,7 +60,7 @@ pub fn verify_gguf(
 ) -> Result<Verification, ExportError> {
     let merged = Base::open(merged)?;
     let family = merged.config.family; // llama.cpp has one name for Llama and Mistral
-    same_decoder(base, &merged, &DecoderConfig { family, ..base.config.clone() })?;
+    same_decoder(&merged, &DecoderConfig { family, ..expected.clone() })?;
     let bound = match kind {
         GgufType::F32 => bound(Dtype::F32, device),
         GgufType::F16 => bound(Dtype::F16, device),
@@ -69,14 +71,13 @@ pub fn verify_gguf(
     within("the merged model", result, bound, &kind.to_string(), kind == GgufType::F32)
 }
 
-fn same_decoder(base: &Base, merged: &Base, expected: &DecoderConfig) -> Result<(), ExportError> {
-    let architecture = merged.config.gguf_architecture() == base.config.gguf_architecture();
-    if architecture && merged.config == *expected {
+fn same_decoder(merged: &Base, expected: &DecoderConfig) -> Result<(), ExportError> {
+    if merged.config == *expected {
         return Ok(());
     }
     Err(ExportError::Unfaithful {
         what: "the merged model",
-        problem: format!("expected the configuration {:?}, found {:?}", base.config, merged.config),
+        problem: format!("expected the configuration {expected:?}, found {:?}", merged.config),
     })
 }
 
@@ -89,15 +90,15 @@ pub fn measure(
     prompt: &[u32],
     device: &Device,
 ) -> Result<Verification, ExportError> {
-    check_prompt(base, prompt)?;
+    let vocab_size = adapter.vocab_size().unwrap_or(base.config.vocab_size);
     let expected = logits("base and adapter", base, Some(adapter), prompt, device)?;
     let found = logits("the merged model", merged, None, prompt, device)?;
     if expected.len() != found.len() {
-        let (expected, found) = (base.config.vocab_size, merged.config.vocab_size);
+        let (expected, found) = (vocab_size, merged.config.vocab_size);
         let problem = format!("expected a vocabulary of {expected} tokens, found {found}");
         return Err(ExportError::Unfaithful { what: "the merged model", problem });
     }
-    Ok(compare(&expected, &found, base.config.vocab_size))
+    Ok(compare(&expected, &found, vocab_size))
 }
 
 /// Compares the adapter `found`, as another runtime reads it, with `adapter` on `base` and `prompt`, in the same way.
@@ -108,10 +109,10 @@ pub fn verify_adapter(
     prompt: &[u32],
     device: &Device,
 ) -> Result<Verification, ExportError> {
-    check_prompt(base, prompt)?;
+    let vocab_size = adapter.vocab_size().unwrap_or(base.config.vocab_size);
     let expected = logits("base and adapter", base, Some(adapter), prompt, device)?;
     let found = logits("base and exported adapter", base, Some(found), prompt, device)?;
-    let result = compare(&expected, &found, base.config.vocab_size);
+    let result = compare(&expected, &found, vocab_size);
     within("the exported adapter", result, bound(Dtype::F32, device), Dtype::F32.torch_name(), true)
 }
 
@@ -141,9 +142,9 @@ fn within(
     })
 }
 
-/// Refuses tokens that no logits can be computed for.
-pub fn check_prompt(base: &Base, prompt: &[u32]) -> Result<(), ExportError> {
-    let vocab_size = base.config.vocab_size;
+/// Refuses tokens that a model of this configuration computes no logits for.
+pub fn check_prompt(config: &DecoderConfig, prompt: &[u32]) -> Result<(), ExportError> {
+    let vocab_size = config.vocab_size;
     let problem = match prompt.iter().find(|&&id| id as usize >= vocab_size) {
         Some(id) => format!("expected ids below the vocabulary's size, {vocab_size}, found {id}"),
         None if prompt.is_empty() => "expected at least one token, found none".to_owned(),

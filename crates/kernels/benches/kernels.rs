@@ -15,7 +15,8 @@ use bytes::Bytes;
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use pronk_kernels::{
-    Format, FrozenLinear, FrozenMatrix, Precision, Scoring, Span, Tracked, pull_back, quantize_nf4,
+    Format, FrozenLinear, FrozenMatrix, LossGradients, Precision, Scoring, Span, Tracked, pull_back,
+    quantize_nf4,
 };
 
 /// Tokens of a micro-batch: eight records of Alpaca.
@@ -182,7 +183,7 @@ mod cross_entropy {
         let head = frozen(Format::Bf16, [VOCAB, shape.hidden]);
         let hidden = random([TOKENS / 2, shape.hidden]);
         let targets: Vec<u32> = (0..TOKENS as u32 / 2).map(|i| i * 61 % VOCAB as u32).collect();
-        let loss = || pronk_kernels::cross_entropy(&hidden, &head, &targets, None, true);
+        let loss = || pronk_kernels::cross_entropy(&hidden, &head, &targets, None, LossGradients::Hidden);
         bencher.counter(ItemsCount::new(2 * TOKENS * VOCAB * shape.hidden)).bench_local(loss);
     }
 }

@@ -20,22 +20,35 @@ pub fn logit_rows(vocab_size: usize) -> usize {
     (LOGITS / vocab_size.max(1)).clamp(32, 1024)
 }
 
-/// Sum of the losses and, where asked for, their gradient.
+/// Sum of the losses and the gradients that were asked for.
 #[derive(Debug, Clone)]
 pub struct CrossEntropy {
     /// `sum(-log p(target))`, `[1]`, still on the device.
     pub sum: Tensor<1>,
     /// Gradient of `sum` with respect to the hidden states, `[rows, hidden]`.
     pub gradient: Option<Tensor<2>>,
+    /// Gradient of `sum` with respect to the head's weight, `[vocab, hidden]`.
+    pub head_gradient: Option<Tensor<2>>,
+}
+
+/// What a loss is differentiated by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LossGradients {
+    /// Nothing.
+    None,
+    /// The hidden states.
+    Hidden,
+    /// Those, and the weight of the head, where it is trained.
+    HiddenAndHead,
 }
 
 /// Cross-entropy straight from the hidden states, through the output projection `head`, a chunk of
 /// rows at a time, so that the full logits never exist.
 ///
-/// The head is frozen and this is the end of the graph, so the gradient is written down rather
-/// than recorded: with `p = softmax(h W^T)` it is `(p - onehot(target)) W`. Where logits are capped
-/// at `cap`, as [`soft_cap()`] does it, each of a row's logits passes on only the slope of the cap
-/// there, `1 - (capped / cap)^2`.
+/// This is the end of the graph, so gradients are written down rather than recorded: with
+/// `p = softmax(h W^T)` that of `h` is `(p - onehot(target)) W`, and that of `W`, where the head is trained, the sum of
+/// the chunks' `(p - onehot(target))^T h`. Where logits are capped at `cap`, as [`soft_cap()`] does it, each of a
+/// row's logits passes on only the slope of the cap there, `1 - (capped / cap)^2`.
 ///
 /// # Shapes
 /// - hidden: `[rows, hidden]`, only rows that have a target; targets: one id for each
@@ -48,28 +61,39 @@ pub fn cross_entropy(
     head: &FrozenLinear,
     targets: &[u32],
     cap: Option<f32>,
-    with_gradient: bool,
+    wanted: LossGradients,
 ) -> CrossEntropy {
     let rows = logit_rows(head.out_features());
     let mut sum = Tensor::<1>::zeros([1], &hidden.device());
-    let mut gradients = Vec::new();
+    let (mut gradients, mut head_gradient) = (Vec::new(), None);
     for (i, chunk) in targets.chunks(rows).enumerate() {
-        let logits = head.forward(hidden.clone().narrow(0, i * rows, chunk.len())); // [rows, vocab]
+        let states = hidden.clone().narrow(0, i * rows, chunk.len());
+        let logits = head.forward(states.clone()); // [rows, vocab]
         let logits = if let Some(cap) = cap { soft_cap(logits, cap) } else { logits };
-        let of_cap = cap.filter(|_| with_gradient);
+        let of_cap = cap.filter(|_| wanted != LossGradients::None);
         let of_cap = of_cap.map(|cap| (logits.clone() / cap).square().neg().add_scalar(1.0));
         let (losses, slopes) = losses_and_slopes(logits, chunk);
         sum = sum + losses.sum();
-        if with_gradient {
-            gradients.push(head.backward(match of_cap {
-                Some(of_cap) => slopes * of_cap,
-                None => slopes,
-            }));
+        if wanted == LossGradients::None {
+            continue;
         }
+        let slopes = match of_cap {
+            Some(of_cap) => slopes * of_cap,
+            None => slopes,
+        };
+        if wanted == LossGradients::HiddenAndHead {
+            let of_chunk = slopes.clone().transpose().matmul(states);
+            head_gradient = Some(match head_gradient {
+                Some(before) => before + of_chunk,
+                None => of_chunk,
+            });
+        }
+        gradients.push(head.backward(slopes));
     }
+    let asked = wanted != LossGradients::None;
     // Without targets there are no rows, and nothing to concatenate.
     let gradient = if gradients.is_empty() { hidden.zeros_like() } else { Tensor::cat(gradients, 0) };
-    CrossEntropy { sum, gradient: with_gradient.then_some(gradient) }
+    CrossEntropy { sum, gradient: asked.then_some(gradient), head_gradient }
 }
 
 /// `-log softmax(logits)[target]` of each row, `[rows]`, and its gradient at the logits,

@@ -44,7 +44,7 @@ mod softmax;
 pub use adamw::{AdamW, AdamWState};
 pub use attention::{Scoring, Span, attention};
 pub use blockwise::Blockwise;
-pub use cross_entropy::{CrossEntropy, cross_entropy, logit_rows};
+pub use cross_entropy::{CrossEntropy, LossGradients, cross_entropy, logit_rows};
 pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device};
 pub use dot::dot;
 pub use frozen::{

@@ -6,9 +6,10 @@ use pronk_kernels::{Tracked, stream};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{InitLoraWeights, LoraConfig, LoraError, StartFactors};
+use crate::{InitLoraWeights, LoraConfig, LoraError, StartFactors, TensorName};
 
-/// A linear layer that could be adapted.
+/// A module that could be adapted: a linear layer of the blocks, or one whose rows are the vocabulary's,
+/// [`EMBED_TOKENS`](crate::EMBED_TOKENS) and [`LM_HEAD`](crate::LM_HEAD).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModuleShape {
     /// Its name in the checkpoint, such as `model.layers.0.self_attn.q_proj`.
@@ -19,6 +20,10 @@ pub struct ModuleShape {
     pub out_features: usize,
     /// Set where the base has no such layer, but one that this is a part of.
     pub part_of: Option<PartOf>,
+    /// Whether it has a bias.
+    pub has_bias: bool,
+    /// Whether its weight is that of the embeddings too.
+    pub is_tied: bool,
 }
 
 /// Some rows of a packed layer, such as the queries' of `qkv_proj`.
@@ -31,9 +36,9 @@ pub struct PartOf {
 }
 
 impl ModuleShape {
-    /// A layer of the base itself.
+    /// A layer of the base itself, without a bias.
     pub fn new(name: impl Into<String>, in_features: usize, out_features: usize) -> Self {
-        Self { name: name.into(), in_features, out_features, part_of: None }
+        Self { name: name.into(), in_features, out_features, part_of: None, has_bias: false, is_tied: false }
     }
 
     /// The layer of the base that computes it: itself, or the packed one that it is a part of.
@@ -90,6 +95,9 @@ pub struct Adapter {
     pub config: LoraConfig,
     /// The update of every adapted module.
     pub pairs: BTreeMap<String, LoraPair>,
+    /// Tensors that are trained whole, each in the place of the base's own: `modules_to_save`, and biases. Where the
+    /// weight of the embeddings is that of the head too, it stands here once, as the embeddings'.
+    pub whole: BTreeMap<TensorName, Tensor<2>>,
 }
 
 impl Adapter {
@@ -98,7 +106,8 @@ impl Adapter {
     /// The starts that depend on the base's weights, too, are the base's to set.
     ///
     /// A module's numbers depend on the seed and its name alone, and are the same on every device.
-    /// Magnitudes of `DoRA` are not among them: they are the base's, which knows how to set them.
+    /// Magnitudes of `DoRA`, and what is trained whole, are not among them: they are the base's, which knows how to
+    /// set them.
     pub fn init(
         config: &LoraConfig,
         modules: &[ModuleShape],
@@ -127,8 +136,10 @@ impl Adapter {
         };
         let targets = config.select(modules)?;
         config.check_patterns(&targets)?;
+        config.check_biases(modules)?;
         let pairs = targets.into_iter().map(|m| (m.name.clone(), pair(m))).collect();
-        Ok(Self { config: config.clone(), pairs })
+        let config = LoraConfig { ensure_weight_tying: config.ties(modules), ..config.clone() };
+        Ok(Self { config, pairs, whole: BTreeMap::new() })
     }
 
     /// The part that sits in the modules whose names begin with `prefix`, as leaves of a new
@@ -137,7 +148,9 @@ impl Adapter {
     pub fn tracked_under(&self, prefix: &str) -> Self {
         let under = self.pairs.iter().filter(|(name, _)| name.starts_with(prefix));
         let pairs = under.map(|(name, pair)| (name.clone(), pair.clone().tracked())).collect();
-        Self { config: self.config.clone(), pairs }
+        let under = self.whole.iter().filter(|(name, _)| name.module.starts_with(prefix));
+        let whole = under.map(|(name, tensor)| (name.clone(), tensor.clone().tracked())).collect();
+        Self { config: self.config.clone(), pairs, whole }
     }
 
     /// Numbers that training changes.

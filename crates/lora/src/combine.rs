@@ -24,6 +24,12 @@ impl Adapter {
         if let Some((_, weight)) = adapters.iter().find(|(_, weight)| !weight.is_finite()) {
             return refuse(format!("expected weights that are numbers, found {weight}"));
         }
+        if let Some(name) = adapters.iter().find_map(|(adapter, _)| adapter.whole.keys().next()) {
+            return refuse(format!(
+                "{name} is trained whole, and how far it has moved only its base can tell; merge that adapter (pronk merge)"
+            ));
+        }
+        check_starts(adapters)?;
         let mut gathered: BTreeMap<&String, Vec<(&LoraPair, f64)>> = BTreeMap::new();
         for (adapter, weight) in adapters {
             for (name, pair) in &adapter.pairs {
@@ -52,6 +58,31 @@ impl Adapter {
         }
         Ok(Self::of_pairs(&common(adapters, &pairs), pairs))
     }
+}
+
+/// Adapters that started from what the base lost when it was quantized (`LoftQ`) make up for that loss, each of them: they
+/// add up with their like alone, and where it is made up for once.
+fn check_starts(adapters: &[(&Adapter, f64)]) -> Result<(), LoraError> {
+    let mut started = adapters.iter().map(|(adapter, _)| adapter.config.loftq_config);
+    let Some(first) =
+        started.next().filter(|_| adapters.iter().any(|(a, _)| a.config.loftq_config.is_some()))
+    else {
+        return Ok(());
+    };
+    let refuse = |problem: String| Err(LoraError::Combine { problem });
+    if started.any(|other| other != first) {
+        let problem = "some started from what the quantized base has lost (LoftQ), others did not, or from another loss; \
+                       merge them one by one (pronk merge)";
+        return refuse(problem.into());
+    }
+    let total: f64 = adapters.iter().map(|(_, weight)| weight).sum();
+    if (total - 1.0).abs() > 1e-6 {
+        return refuse(format!(
+            "all of them make up for what the quantized base has lost (LoftQ): expected weights that add up to 1, found \
+             {total}"
+        ));
+    }
+    Ok(())
 }
 
 /// PEFT puts weight and scale on A.

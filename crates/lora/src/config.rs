@@ -4,7 +4,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::patterns::{expression, matches, whole_name};
-use crate::{InitLoraWeights, LoftQConfig, LoraError, ModuleShape, Patterns};
+use crate::{InitLoraWeights, LoftQConfig, LoraError, ModuleShape, Patterns, TrainedBiases};
 
 /// What to adapt, and how strongly. The names are PEFT's, `rank` and `alpha` the recipes'.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,6 +37,13 @@ pub struct LoraConfig {
     pub layers_to_transform: Vec<usize>,
     /// Modules that are left as they are though `target_modules` names them: names, or a regular expression.
     pub exclude_modules: ModuleNames,
+    /// Modules that are trained whole, in float32: "`embed_tokens`", "`lm_head`".
+    pub modules_to_save: Vec<String>,
+    /// Where embeddings and head are one weight, train them as one. Not, as PEFT by default: as copies that
+    /// part.
+    pub ensure_weight_tying: bool,
+    /// Which biases are trained: "none", "`lora_only`" or "all".
+    pub bias: TrainedBiases,
 }
 
 impl Default for LoraConfig {
@@ -54,6 +61,9 @@ impl Default for LoraConfig {
             alpha_pattern: Patterns::default(),
             layers_to_transform: Vec::new(),
             exclude_modules: ModuleNames::default(),
+            modules_to_save: Vec::new(),
+            ensure_weight_tying: true,
+            bias: TrainedBiases::None,
         }
     }
 }
@@ -78,7 +88,8 @@ impl LoraConfig {
 
     /// The modules that get an adapter. Whatever matches nothing is an error that lists what there is.
     pub fn select<'m>(&self, modules: &'m [ModuleShape]) -> Result<Vec<&'m ModuleShape>, LoraError> {
-        let mut chosen = self.target_modules.select(modules)?;
+        let linear: Vec<&ModuleShape> = modules.iter().filter(|module| !module.is_vocabulary()).collect();
+        let mut chosen = self.target_modules.select(&linear)?;
         let layers: BTreeSet<usize> = modules.iter().filter_map(|m| layer_of(&m.name)).collect();
         if let Some(absent) = self.layers_to_transform.iter().find(|layer| !layers.contains(layer)) {
             return Err(LoraError::Config {
@@ -104,7 +115,8 @@ impl LoraConfig {
             let parts = chosen.iter().copied().filter(|m| m.part_of.is_some());
             let found = short_names(parts).join(", ");
             if !found.is_empty() {
-                let packed = short_names(modules.iter().filter(|m| m.part_of.is_none())).join(", ");
+                let whole = linear.iter().copied().filter(|m| m.part_of.is_none());
+                let packed = short_names(whole).join(", ");
                 let expected = format!("target_modules that are layers of the base themselves ({packed})");
                 return Err(LoraError::Config { knob: "use_dora", expected, found });
             }
@@ -194,9 +206,11 @@ fn layer_of(module: &str) -> Option<usize> {
     module.split('.').find_map(|part| part.parse().ok())
 }
 
-/// Whether `name` is a module's whole name, or the end of it after a dot.
-fn is_named(module: &ModuleShape, name: &str) -> bool {
-    module.name == name || module.name.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
+impl ModuleShape {
+    /// Whether `name` is its whole name, or the end of it after a dot.
+    pub(crate) fn is_named(&self, name: &str) -> bool {
+        self.name == name || self.name.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
+    }
 }
 
 /// The linear layers that get an adapter.
@@ -253,7 +267,7 @@ impl ModuleNames {
     /// Whether the module is among them. An expression that is none stands for no module.
     fn names(&self, module: &ModuleShape) -> bool {
         match self {
-            Self::Names(names) => names.iter().any(|name| is_named(module, name)),
+            Self::Names(names) => names.iter().any(|name| module.is_named(name)),
             Self::Pattern(pattern) => is_wholly(module, pattern),
         }
     }
@@ -276,20 +290,21 @@ impl TargetModules {
 
     /// The chosen ones among `modules`. A name that matches nothing is an error that lists
     /// the names there are.
-    pub fn select<'m>(&self, modules: &'m [ModuleShape]) -> Result<Vec<&'m ModuleShape>, LoraError> {
-        let whole = || modules.iter().filter(|module| module.part_of.is_none());
+    pub fn select<'m>(&self, modules: &[&'m ModuleShape]) -> Result<Vec<&'m ModuleShape>, LoraError> {
+        let all = || modules.iter().copied();
+        let whole = || all().filter(|module| module.part_of.is_none());
         let (chosen, unmatched): (Vec<&ModuleShape>, Vec<&str>) = match self {
             Self::Word(AllLinear::AllLinear) => (whole().collect(), Vec::new()),
             Self::Names(names) => {
-                let unmatched = names.iter().filter(|n| !modules.iter().any(|m| is_named(m, n)));
-                let chosen = modules.iter().filter(|m| names.iter().any(|n| is_named(m, n)));
+                let unmatched = names.iter().filter(|name| !all().any(|m| m.is_named(name)));
+                let chosen = all().filter(|m| names.iter().any(|name| m.is_named(name)));
                 (chosen.collect(), unmatched.map(String::as_str).collect())
             }
             // PEFT knows a packed layer's parts by no name; an expression means them only where it means no layer.
             Self::Pattern(pattern) => {
                 let mut chosen: Vec<&ModuleShape> = whole().filter(|m| is_wholly(m, pattern)).collect();
                 if chosen.is_empty() {
-                    chosen = modules.iter().filter(|m| is_wholly(m, pattern)).collect();
+                    chosen = all().filter(|m| is_wholly(m, pattern)).collect();
                 }
                 let unmatched = if chosen.is_empty() { vec![pattern.as_str()] } else { Vec::new() };
                 (chosen, unmatched)
@@ -298,7 +313,7 @@ impl TargetModules {
         if chosen.is_empty() || !unmatched.is_empty() {
             return Err(LoraError::NoSuchTarget {
                 targets: unmatched.join(", "),
-                available: short_names(modules).join(", "),
+                available: short_names(all()).join(", "),
             });
         }
         Ok(chosen)
@@ -338,6 +353,7 @@ mod tests {
     #[test]
     fn names_match_as_in_peft() {
         let all = modules();
+        let all: Vec<&ModuleShape> = all.iter().collect();
         let names = |list: &[&str]| TargetModules::Names(list.iter().map(|&s| s.into()).collect());
         assert_eq!(names(&["q_proj"]).select(&all).unwrap().len(), 1);
         assert_eq!(names(&["mlp.up_proj"]).select(&all).unwrap().len(), 1);
@@ -350,6 +366,7 @@ mod tests {
     fn a_string_is_all_linear_or_an_expression_of_whole_names() {
         let parsed = |text: &str| serde_json::from_value::<TargetModules>(text.into()).unwrap();
         let all = modules();
+        let all: Vec<&ModuleShape> = all.iter().collect();
         let count =
             |text: &str| parsed(text).select(&all).map(|chosen| chosen.len()).map_err(|e| e.to_string());
         assert_eq!(parsed("all-linear"), TargetModules::Word(AllLinear::AllLinear));

@@ -30,7 +30,12 @@ impl Adapter {
             exclude_modules: ModuleNames::default(),
             ..config.clone()
         };
-        Self { config, pairs }
+        Self { config, pairs, whole: BTreeMap::new() }
+    }
+
+    /// The same with other pairs; what is trained whole stays.
+    pub(crate) fn with_pairs(&self, config: &LoraConfig, pairs: BTreeMap<String, LoraPair>) -> Self {
+        Self { whole: self.whole.clone(), ..Self::of_pairs(config, pairs) }
     }
 }
 

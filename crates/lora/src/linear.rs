@@ -87,10 +87,10 @@ impl LoraLinear {
             inputs.keep(&self.name, &x);
         }
         let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name)) else {
-            return self.base.forward(x);
+            return self.add_bias(self.base.product(x), mode);
         };
         let Some(magnitude) = &pair.magnitude else {
-            let y = self.base.forward(x.clone());
+            let y = self.add_bias(self.base.product(x.clone()), mode);
             return low_rank_update(y, x, &self.name, mode);
         };
         let norms = || weight_norms(&self.base, self.squares(&x.device()), pair);
@@ -98,13 +98,13 @@ impl LoraLinear {
         let stretch = magnitude.clone() / norms;
         let Some(dropout) = mode.dropout.filter(|dropout| dropout.p > 0.0) else {
             let y = low_rank_update(self.base.product(x.clone()), x, &self.name, mode);
-            return self.base.add_bias(y * stretch);
+            return self.add_bias(y * stretch, mode);
         };
         let kept = dropout.apply(x.clone(), &self.name);
         let of_kept = self.base.product(kept.clone());
         let unchanged = self.base.product(x) - of_kept.clone();
         let changed = add_low_rank(of_kept, kept, &pair.a, &pair.b, pair.scale);
-        self.base.add_bias(unchanged + changed * stretch)
+        self.add_bias(unchanged + changed * stretch, mode)
     }
 
     /// [`Self::forward`] for a graph whose result nobody reads: see [`FrozenLinear::forward_unread`].
@@ -118,7 +118,21 @@ impl LoraLinear {
         if pair.is_some_and(|pair| pair.magnitude.is_some()) {
             return self.forward(x, mode);
         }
-        low_rank_update(self.base.forward_unread(x.clone()), x, &self.name, mode)
+        let y = self.base.forward_unread(x.clone());
+        let y = if self.trained_bias(mode).is_some() { self.add_bias(y, mode) } else { y };
+        low_rank_update(y, x, &self.name, mode)
+    }
+
+    /// `y` with the adapter's bias, or else the base's.
+    fn add_bias(&self, y: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+        match self.trained_bias(mode) {
+            Some(bias) => y + bias.clone(),
+            None => self.base.add_bias(y),
+        }
+    }
+
+    fn trained_bias<'a>(&self, mode: ForwardMode<'a>) -> Option<&'a Tensor<2>> {
+        mode.adapter.and_then(|adapter| adapter.bias(&self.name))
     }
 
     /// Sets `DoRA`'s magnitude to the norms of the updated weight's rows, so that it changes nothing yet.

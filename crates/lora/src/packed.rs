@@ -42,7 +42,7 @@ impl Adapter {
             };
             (module.to_owned(), packed)
         };
-        Self::of_pairs(&self.config, gathered.into_iter().map(pack).collect())
+        self.with_pairs(&self.config, gathered.into_iter().map(pack).collect())
     }
 }
 

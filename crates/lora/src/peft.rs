@@ -15,7 +15,10 @@ use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use crate::{Adapter, Factor, LoraConfig, LoraError, LoraPair, ModuleShape, TargetModules, TensorName};
+use crate::{
+    Adapter, EMBED_TOKENS, LM_HEAD, LoraConfig, LoraError, LoraPair, ModuleShape, TargetModules, TensorKind,
+    TensorName,
+};
 
 /// File name of the configuration.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -27,15 +30,25 @@ const PREFIX: &str = "base_model.model.";
 /// A tensor on the host: what it is, its shape, its numbers.
 type HostTensor = (TensorName, [usize; 2], Vec<f32>);
 
-/// A tensor's key in the file.
-fn key(name: &TensorName) -> String {
-    let end = if name.factor == Factor::Magnitude { "" } else { ".weight" };
-    format!("{PREFIX}{name}{end}")
+/// A tensor's key in the file. PEFT keeps the base's own layer, and its bias, within an adapted one.
+fn key(name: &TensorName, is_adapted: bool) -> String {
+    match name.kind {
+        TensorKind::A | TensorKind::B => format!("{PREFIX}{name}.weight"),
+        TensorKind::Bias if is_adapted => format!("{PREFIX}{}{OF_ADAPTED}", name.module),
+        TensorKind::Magnitude | TensorKind::Weight | TensorKind::Bias => format!("{PREFIX}{name}"),
+    }
 }
 
+/// What the key of an adapted layer's bias ends in.
+const OF_ADAPTED: &str = ".base_layer.bias";
+
+/// What PEFT writes beside embeddings and head where it finds that the base was resized: what they were, and what they
+/// are once more.
+const SAVED_TWICE: [&str; 2] = [".original_module.weight", ".modules_to_save.weight"];
+
 /// A tensor's shape in the file: one row is a vector there.
-fn file_shape(factor: Factor, [rows, columns]: [usize; 2]) -> Vec<usize> {
-    if factor == Factor::Magnitude { vec![columns] } else { vec![rows, columns] }
+fn file_shape(kind: TensorKind, [rows, columns]: [usize; 2]) -> Vec<usize> {
+    if kind.is_vector() { vec![columns] } else { vec![rows, columns] }
 }
 
 /// An adapter as its files will be, in the host's memory: whatever becomes of its tensors meanwhile.
@@ -76,6 +89,9 @@ impl Adapter {
     /// Refuses numbers that are not finite and, unless `fresh`, an adapter whose B is all zero:
     /// it would be the base again, under another name.
     ///
+    /// Where embeddings and head are trained as one, both are written, as PEFT does: readers that know nothing of
+    /// `ensure_weight_tying` find all they need.
+    ///
     /// Where pairs have a start beside them, what is written is the [standalone](Self::standalone) adapter.
     ///
     /// A directory that was not there before is there afterwards with both files, or not at all.
@@ -92,84 +108,76 @@ impl Adapter {
             return Err(not_saved("it holds numbers that are not finite".into()));
         }
         let zero =
-            |(name, _, values): &HostTensor| name.factor != Factor::B || values.iter().all(|&x| x == 0.0);
+            |(name, _, values): &HostTensor| name.kind != TensorKind::B || values.iter().all(|&x| x == 0.0);
         if !fresh && tensors.iter().all(zero) {
             return Err(not_saved("every B is zero after training, so nothing was learned".into()));
         }
-        let weights = serialize(&tensors).map_err(|e| not_saved(e.to_string()))?;
-        let config = config_file::to_json(&adapter.config, &adapter.target_names(), base);
+        let weights = serialize(&tensors, |name| adapter.pairs.contains_key(&name.module))
+            .map_err(|e| not_saved(e.to_string()))?;
+        let config = config_file::to_json(&adapter, base);
         Ok(AdapterFiles { config, weights })
     }
 
     /// Reads an adapter directory that PEFT, or this crate, has written, and checks it against
     /// the base's `modules`.
     pub fn load(dir: &Path, modules: &[ModuleShape], device: &Device) -> Result<Self, LoraError> {
-        let chosen = |config: &LoraConfig, _: &SafeTensors| {
-            Ok(config.select(modules)?.into_iter().cloned().collect::<Vec<_>>())
-        };
-        Self::load_chosen(dir, chosen, device)
+        let expected = |config: LoraConfig, file: &SafeTensors| Expected::of_base(config, modules, file);
+        Self::load_expected(dir, expected, device)
     }
 
-    /// Reads an adapter directory without its base: the modules are those that the file has factors of.
+    /// Reads an adapter directory without its base: the modules are those that the file has tensors of.
     pub fn load_alone(dir: &Path, device: &Device) -> Result<Self, LoraError> {
-        Self::load_chosen(dir, |_, file| Ok(modules_of(file)), device)
+        Self::load_expected(dir, |config, file| Ok(Expected::of_file(config, file)), device)
     }
 
-    fn load_chosen(
+    fn load_expected(
         dir: &Path,
-        choose: impl FnOnce(&LoraConfig, &SafeTensors) -> Result<Vec<ModuleShape>, LoraError>,
+        expect: impl FnOnce(LoraConfig, &SafeTensors) -> Result<Expected, LoraError>,
         device: &Device,
     ) -> Result<Self, LoraError> {
         let config = config_file::load(dir)?;
         let path = dir.join(ADAPTER_WEIGHTS);
         let bytes = read(&path)?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| LoraError::Malformed {
-            path: path.clone(),
-            problem: format!("not a whole safetensors file ({e})"),
-        })?;
-        let mut problems = Vec::new();
-        let mut tensors = HashMap::new();
-        for (key, view) in file.tensors() {
-            match to_f32(&view) {
-                Some(values) => drop(tensors.insert(key, (view.shape().to_vec(), values))),
-                None => problems
-                    .push(format!("{key}: expected float32, float16 or bfloat16, found {:?}", view.dtype())),
-            }
-        }
+        let file = parse(&path, &bytes)?;
+        let Expected { config, adapted, whole, ties } = expect(config, &file)?;
+        let mut tensors = FileTensors::read(&file, device);
         let mut pairs = BTreeMap::new();
-        for module in choose(&config, &file)? {
+        for module in &adapted {
             let rank = config.rank_of(&module.name);
-            let mut tensor = |factor, shape: [usize; 2]| {
-                let key = key(&TensorName::new(&module.name, factor));
-                match tensors.remove(&key) {
-                    None => problems.push(format!("{key}: missing")),
-                    Some((found, _)) if found != file_shape(factor, shape) => {
-                        let shape = file_shape(factor, shape);
-                        problems.push(format!("{key}: expected shape {shape:?}, found {found:?}"));
-                    }
-                    Some((_, values)) => {
-                        return Some(Tensor::from_data(TensorData::new(values, shape), device));
-                    }
-                }
-                None
-            };
-            let a = tensor(Factor::A, [rank, module.in_features]);
-            let b = tensor(Factor::B, [module.out_features, rank]);
+            let mut tensor = |kind, shape| tensors.take(&TensorName::new(&module.name, kind), true, shape);
+            let a = tensor(TensorKind::A, [rank, module.in_features]);
+            let b = tensor(TensorKind::B, [module.out_features, rank]);
             let magnitude =
-                config.use_dora.then(|| tensor(Factor::Magnitude, [1, module.out_features])).flatten();
+                config.use_dora.then(|| tensor(TensorKind::Magnitude, [1, module.out_features])).flatten();
             if let (Some(a), Some(b)) = (a, b) {
                 let scale = config.scale_of(&module.name);
                 pairs.insert(module.name.clone(), LoraPair { a, b, scale, magnitude, start: None });
             }
         }
-        let mut surplus: Vec<_> = tensors.into_keys().collect();
-        surplus.sort();
-        problems
-            .extend(surplus.iter().map(|key| format!("{key}: belongs to no targeted module of the base")));
-        if problems.is_empty() { Ok(Self { config, pairs }) } else { Err(misfit(dir, problems)) }
+        if ties {
+            tensors.drop_twin();
+        }
+        let whole = whole.into_iter().filter_map(|(name, shape)| {
+            let is_adapted = pairs.contains_key(&name.module);
+            let tensor = tensors.take(&name, is_adapted, shape)?;
+            Some((name, tensor))
+        });
+        let whole = whole.collect();
+        let adapter = Self { config: LoraConfig { ensure_weight_tying: ties, ..config }, pairs, whole };
+        let mut problems = tensors.problems();
+        problems.extend(adapter.vocabulary_problem());
+        if problems.is_empty() { Ok(adapter) } else { Err(misfit(dir, problems)) }
     }
 
-    /// Every tensor on the host.
+    /// Tokens that have an embedding or a logit, and not the other.
+    fn vocabulary_problem(&self) -> Option<String> {
+        let rows = |weight: Option<&Tensor<2>>| weight.map(|weight| weight.dims()[0]);
+        let (embeddings, head) = (rows(self.embeddings())?, rows(self.head())?);
+        (embeddings != head)
+            .then(|| format!("{EMBED_TOKENS} has {embeddings} rows, {LM_HEAD} {head}: expected as many"))
+    }
+
+    /// Every tensor on the host, as files hold them.
     fn host_tensors(&self) -> Result<Vec<HostTensor>, LoraError> {
         let host = |(name, tensor): (TensorName, &Tensor<2>)| match tensor.try_to_vec_as::<f32>() {
             Ok(values) => Ok((name, tensor.dims(), values)),
@@ -178,7 +186,9 @@ impl Adapter {
                 problem: format!("cannot be read from the device ({e})"),
             }),
         };
-        self.tensors().map(host).collect()
+        let twin = self.head().filter(|_| self.config.ensure_weight_tying);
+        let twin = twin.map(|weight| (TensorName::new(LM_HEAD, TensorKind::Weight), weight));
+        self.tensors().chain(twin).map(host).collect()
     }
 
     fn target_names(&self) -> TargetModules {
@@ -188,13 +198,151 @@ impl Adapter {
     }
 }
 
+/// What a file has to hold.
+struct Expected {
+    /// With `modules_to_save` as the file has them.
+    config: LoraConfig,
+    /// Modules with a pair.
+    adapted: Vec<ModuleShape>,
+    /// What is trained whole, with the shapes of the base's own.
+    whole: BTreeMap<TensorName, [usize; 2]>,
+    /// Whether embeddings and head are one.
+    ties: bool,
+}
+
+impl Expected {
+    fn of_base(config: LoraConfig, modules: &[ModuleShape], file: &SafeTensors) -> Result<Self, LoraError> {
+        let adapted = config.select(modules)?.into_iter().cloned().collect();
+        // Of a base that was given more tokens PEFT saves embeddings and head, whatever `modules_to_save` says.
+        let resized = config.modules_to_save.is_empty();
+        let saved = modules.iter().filter(|module| {
+            resized && file.tensor(&key(&TensorName::new(&module.name, TensorKind::Weight), false)).is_ok()
+        });
+        let saved = saved.map(|module| module.name.clone()).collect();
+        let config = if resized {
+            LoraConfig { modules_to_save: saved, ensure_weight_tying: true, ..config }
+        } else {
+            config
+        };
+        let (whole, ties) = (config.whole(modules)?, config.ties(modules));
+        Ok(Self { config, adapted, whole, ties })
+    }
+
+    fn of_file(config: LoraConfig, file: &SafeTensors) -> Self {
+        let mut whole = BTreeMap::new();
+        for (key, view) in file.tensors() {
+            let Some(key) = key.strip_prefix(PREFIX) else { continue };
+            let bias = key.strip_suffix(OF_ADAPTED).or_else(|| key.strip_suffix(".bias"));
+            let weight = [EMBED_TOKENS, LM_HEAD].into_iter().find(|m| key == format!("{m}.weight"));
+            match (bias, weight, view.shape()) {
+                (Some(module), _, &[out]) => {
+                    whole.insert(TensorName::new(module, TensorKind::Bias), [1, out]);
+                }
+                (_, Some(module), &[rows, columns]) => {
+                    whole.insert(TensorName::new(module, TensorKind::Weight), [rows, columns]);
+                }
+                _ => {}
+            }
+        }
+        if config.ensure_weight_tying {
+            whole.remove(&TensorName::new(LM_HEAD, TensorKind::Weight));
+        }
+        let ties = config.ensure_weight_tying;
+        Self { config, adapted: modules_of(file), whole, ties }
+    }
+}
+
+/// The tensors of a file by their keys, and what is wrong with them.
+struct FileTensors<'a> {
+    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    problems: Vec<String>,
+    device: &'a Device,
+}
+
+impl<'a> FileTensors<'a> {
+    fn read(file: &SafeTensors, device: &'a Device) -> Self {
+        let (mut tensors, mut problems) = (HashMap::new(), Vec::new());
+        for (key, view) in file.tensors() {
+            if SAVED_TWICE.iter().any(|end| key.ends_with(end)) {
+                continue;
+            }
+            match to_f32(&view) {
+                Some(values) => drop(tensors.insert(key, (view.shape().to_vec(), values))),
+                None => problems
+                    .push(format!("{key}: expected float32, float16 or bfloat16, found {:?}", view.dtype())),
+            }
+        }
+        Self { tensors, problems, device }
+    }
+
+    /// A tensor that must be there in this shape. A whole weight may have more rows: tokens were added to it.
+    fn take(&mut self, name: &TensorName, is_adapted: bool, shape: [usize; 2]) -> Option<Tensor<2>> {
+        let key = key(name, is_adapted);
+        let Some((found, values)) = self.tensors.remove(&key) else {
+            self.problems.push(format!("{key}: missing"));
+            return None;
+        };
+        let shape = match found[..] {
+            [rows, _] if name.kind == TensorKind::Weight => [rows.max(shape[0]), shape[1]],
+            _ => shape,
+        };
+        if found != file_shape(name.kind, shape) {
+            let expected = file_shape(name.kind, shape);
+            self.problems.push(format!("{key}: expected shape {expected:?}, found {found:?}"));
+            return None;
+        }
+        Some(Tensor::from_data(TensorData::new(values, shape), self.device))
+    }
+
+    /// The head, where it is the embeddings again.
+    fn drop_twin(&mut self) {
+        let key = |module| key(&TensorName::new(module, TensorKind::Weight), false);
+        let (embeddings, head) = (key(EMBED_TOKENS), key(LM_HEAD));
+        match (self.tensors.remove(&head), self.tensors.get(&embeddings)) {
+            (Some(twin), Some(weight)) if twin != *weight => self.problems.push(format!(
+                "{head}: expected the numbers of {embeddings}, which it is tied to, found others"
+            )),
+            (Some(twin), None) => drop(self.tensors.insert(embeddings, twin)),
+            _ => {}
+        }
+    }
+
+    /// All that is wrong, with what nobody has taken.
+    fn problems(self) -> Vec<String> {
+        let mut surplus: Vec<_> = self.tensors.into_keys().collect();
+        surplus.sort();
+        let surplus = surplus.iter().map(|key| format!("{key}: belongs to no targeted module of the base"));
+        self.problems.into_iter().chain(surplus).collect()
+    }
+}
+
+/// The vocabulary of the adapter in `dir`, where it brings one of its own: the rows of its embeddings, or of its
+/// head.
+pub fn vocab_size_of(dir: &Path) -> Result<Option<usize>, LoraError> {
+    let path = dir.join(ADAPTER_WEIGHTS);
+    let bytes = read(&path)?;
+    let file = parse(&path, &bytes)?;
+    let rows = |module| {
+        let key = key(&TensorName::new(module, TensorKind::Weight), false);
+        file.tensor(&key).ok()?.shape().first().copied()
+    };
+    Ok(rows(LM_HEAD).or_else(|| rows(EMBED_TOKENS)))
+}
+
+fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>, LoraError> {
+    SafeTensors::deserialize(bytes).map_err(|e| LoraError::Malformed {
+        path: path.into(),
+        problem: format!("not a whole safetensors file ({e})"),
+    })
+}
+
 /// The modules that `file` has both factors of, in the order of their names.
 fn modules_of(file: &SafeTensors) -> Vec<ModuleShape> {
     let dimension = |key: &str, at: usize| file.tensor(key).ok()?.shape().get(at).copied();
-    let end = format!(".{}.weight", Factor::A);
+    let end = format!(".{}.weight", TensorKind::A);
     let module = |name: &str| {
         let module = name.strip_prefix(PREFIX)?.strip_suffix(&end)?;
-        let rows = dimension(&key(&TensorName::new(module, Factor::B)), 0)?;
+        let rows = dimension(&key(&TensorName::new(module, TensorKind::B), true), 0)?;
         Some(ModuleShape::new(module, dimension(name, 1)?, rows))
     };
     let mut modules: Vec<ModuleShape> = file.names().into_iter().filter_map(module).collect();
@@ -202,14 +350,18 @@ fn modules_of(file: &SafeTensors) -> Vec<ModuleShape> {
     modules
 }
 
-fn serialize(tensors: &[HostTensor]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+fn serialize(
+    tensors: &[HostTensor],
+    is_adapted: impl Fn(&TensorName) -> bool,
+) -> Result<Vec<u8>, safetensors::SafeTensorError> {
     let bytes: Vec<Vec<u8>> =
         tensors.iter().map(|(_, _, v)| v.iter().flat_map(|x| x.to_le_bytes()).collect()).collect();
     let views = tensors
         .iter()
         .zip(&bytes)
         .map(|((name, shape, _), data)| {
-            Ok((key(name), TensorView::new(Dtype::F32, file_shape(name.factor, *shape), data)?))
+            let view = TensorView::new(Dtype::F32, file_shape(name.kind, *shape), data)?;
+            Ok((key(name, is_adapted(name)), view))
         })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);

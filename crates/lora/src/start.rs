@@ -82,7 +82,7 @@ impl Adapter {
         }
         let pairs = self.pairs.iter().map(|(name, pair)| (name.clone(), pair.standalone())).collect();
         let config = LoraConfig { init_lora_weights: InitLoraWeights::Default, ..self.config.clone() };
-        Self::of_pairs(&config, pairs)
+        self.with_pairs(&config, pairs)
     }
 
     /// The adapter that [`Self::standalone`] was made of.
@@ -95,7 +95,7 @@ impl Adapter {
             };
             pairs.insert(name.clone(), pair);
         }
-        Ok(Self::of_pairs(&self.config, pairs))
+        Ok(self.with_pairs(&self.config, pairs))
     }
 
     /// Takes the configuration of `other`, to the bit, where it describes these pairs too; otherwise says that it
@@ -108,7 +108,8 @@ impl Adapter {
                 && pair.magnitude.is_some() == other.magnitude.is_some();
             name == other_name && pair.rank() == other.rank() && scales && kinds
         };
-        if self.pairs.len() != other.pairs.len() || !self.pairs.iter().zip(&other.pairs).all(alike) {
+        let same = self.pairs.len() == other.pairs.len() && self.whole.keys().eq(other.whole.keys());
+        if !same || !self.pairs.iter().zip(&other.pairs).all(alike) {
             return false;
         }
         self.config = other.config.clone();

@@ -9,27 +9,43 @@ use crate::{Adapter, LoraPair};
 
 /// Which of an adapted module's tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Factor {
+pub enum TensorKind {
     /// `[rank, in]`
     A,
     /// `[out, rank]`
     B,
     /// `DoRA`'s, `[1, out]`
     Magnitude,
+    /// The whole weight, `[out, in]`, in the place of the base's.
+    Weight,
+    /// The bias, `[1, out]`, in the place of the base's.
+    Bias,
 }
 
-impl Factor {
-    /// PEFT's name for it.
+impl TensorKind {
+    /// PEFT's name for it, and of what the base has too the checkpoint's.
     pub fn name(self) -> &'static str {
         match self {
             Self::A => "lora_A",
             Self::B => "lora_B",
             Self::Magnitude => "lora_magnitude_vector",
+            Self::Weight => "weight",
+            Self::Bias => "bias",
         }
+    }
+
+    /// Whether it is one of a pair's two factors.
+    pub fn is_factor(self) -> bool {
+        matches!(self, Self::A | Self::B)
+    }
+
+    /// Whether files hold it as a vector: it is one row.
+    pub(crate) fn is_vector(self) -> bool {
+        matches!(self, Self::Magnitude | Self::Bias)
     }
 }
 
-impl fmt::Display for Factor {
+impl fmt::Display for TensorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
@@ -41,49 +57,52 @@ pub struct TensorName {
     /// The adapted module's name.
     pub module: String,
     /// Which of its tensors.
-    pub factor: Factor,
+    pub kind: TensorKind,
 }
 
 impl TensorName {
-    /// The tensor `factor` of `module`.
-    pub fn new(module: impl Into<String>, factor: Factor) -> Self {
-        Self { module: module.into(), factor }
+    /// The tensor `kind` of `module`.
+    pub fn new(module: impl Into<String>, kind: TensorKind) -> Self {
+        Self { module: module.into(), kind }
     }
 }
 
 /// `model.layers.0.self_attn.q_proj.lora_A`
 impl fmt::Display for TensorName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.module, self.factor)
+        write!(f, "{}.{}", self.module, self.kind)
     }
 }
 
 impl LoraPair {
     /// Its tensors, in their order.
-    pub fn tensors(&self) -> impl Iterator<Item = (Factor, &Tensor<2>)> {
-        let magnitude = self.magnitude.iter().map(|magnitude| (Factor::Magnitude, magnitude));
-        [(Factor::A, &self.a), (Factor::B, &self.b)].into_iter().chain(magnitude)
+    pub fn tensors(&self) -> impl Iterator<Item = (TensorKind, &Tensor<2>)> {
+        let magnitude = self.magnitude.iter().map(|magnitude| (TensorKind::Magnitude, magnitude));
+        [(TensorKind::A, &self.a), (TensorKind::B, &self.b)].into_iter().chain(magnitude)
     }
 
     /// The same, to be changed.
-    pub fn tensors_mut(&mut self) -> impl Iterator<Item = (Factor, &mut Tensor<2>)> {
-        let magnitude = self.magnitude.iter_mut().map(|magnitude| (Factor::Magnitude, magnitude));
-        [(Factor::A, &mut self.a), (Factor::B, &mut self.b)].into_iter().chain(magnitude)
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = (TensorKind, &mut Tensor<2>)> {
+        let magnitude = self.magnitude.iter_mut().map(|magnitude| (TensorKind::Magnitude, magnitude));
+        [(TensorKind::A, &mut self.a), (TensorKind::B, &mut self.b)].into_iter().chain(magnitude)
     }
 }
 
 impl Adapter {
-    /// Every tensor of every module, in the order of their names.
+    /// Every tensor that is trained: those of the pairs in the order of their modules' names, then what
+    /// takes the place of the base's own.
     pub fn tensors(&self) -> impl Iterator<Item = (TensorName, &Tensor<2>)> {
-        self.pairs.iter().flat_map(|(module, pair)| {
-            pair.tensors().map(|(factor, tensor)| (TensorName::new(module.clone(), factor), tensor))
-        })
+        let pairs = self.pairs.iter().flat_map(|(module, pair)| {
+            pair.tensors().map(|(kind, tensor)| (TensorName::new(module.clone(), kind), tensor))
+        });
+        pairs.chain(self.whole.iter().map(|(name, tensor)| (name.clone(), tensor)))
     }
 
     /// The same, to be changed.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = (TensorName, &mut Tensor<2>)> {
-        self.pairs.iter_mut().flat_map(|(module, pair)| {
-            pair.tensors_mut().map(|(factor, tensor)| (TensorName::new(module.clone(), factor), tensor))
-        })
+        let pairs = self.pairs.iter_mut().flat_map(|(module, pair)| {
+            pair.tensors_mut().map(|(kind, tensor)| (TensorName::new(module.clone(), kind), tensor))
+        });
+        pairs.chain(self.whole.iter_mut().map(|(name, tensor)| (name.clone(), tensor)))
     }
 }

@@ -76,7 +76,12 @@ fn all_linear_means_the_layers_that_the_base_has() {
     let modules = packed_modules();
     let all: TargetModules = serde_json::from_str("\"all-linear\"").unwrap();
     let names = |targets: TargetModules| -> Vec<String> {
-        targets.select(&modules).unwrap().into_iter().map(|m| m.name.clone()).collect()
+        targets
+            .select(&modules.iter().collect::<Vec<_>>())
+            .unwrap()
+            .into_iter()
+            .map(|m| m.name.clone())
+            .collect()
     };
     assert_eq!(names(all), ["l.pair", "l.down"]);
     assert_eq!(names(TargetModules::Names(vec!["second".into()])), ["l.second"]);
@@ -390,9 +395,7 @@ fn halves_are_read_as_floats() {
 #[test]
 fn features_that_change_the_result_are_refused_by_name() {
     let features = [
-        ("bias", json!("lora_only")),
         ("fan_in_fan_out", json!(true)),
-        ("modules_to_save", json!(["lm_head"])),
         ("layers_pattern", json!("blocks")),
         ("layer_replication", json!([[0, 1]])),
         ("trainable_token_indices", json!([1])),
@@ -421,6 +424,7 @@ fn features_that_change_the_result_are_refused_by_name() {
 #[test]
 fn a_configuration_that_is_wrong_is_told() {
     let cases = [
+        ("bias", json!("some"), "bias: unknown variant `some`"),
         ("peft_type", json!("IA3"), "expected peft_type \"LORA\", found \"IA3\""),
         ("r", json!(0), "rank: expected a whole number from 1, found 0"),
         ("r", json!(-4), "rank: expected a whole number from 1, found"),
@@ -602,7 +606,11 @@ fn dora_drops_what_the_adapter_changes_as_peft_does() {
         (numbers([2, 4], 0.3), numbers([3, 2], 1.9), numbers([1, 3], 0.4) + 2.0, 1.5);
     let pair =
         LoraPair { a: a.clone(), b: b.clone(), scale, magnitude: Some(magnitude.clone()), start: None };
-    let adapter = Adapter { config: LoraConfig::default(), pairs: [("l".to_owned(), pair)].into() };
+    let adapter = Adapter {
+        config: LoraConfig::default(),
+        pairs: [("l".to_owned(), pair)].into(),
+        whole: BTreeMap::new(),
+    };
     let layer =
         LoraLinear::new("l".into(), FrozenLinear::new(weight.clone(), Some(bias.clone().reshape([3]))));
     let dropout = Dropout { p: 0.5, key: DropoutKey { seed: 1, step: 2, micro_batch: 3 } };

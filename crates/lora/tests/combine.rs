@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::open_device;
-use pronk_lora::{Adapter, Combination, LoraPair};
+use pronk_lora::{Adapter, Combination, LoftQConfig, LoraPair};
 use tempfile::TempDir;
 
 fn device() -> Device {
@@ -102,4 +102,31 @@ fn norms_are_those_of_the_updates() {
     let pair = adapter.pairs.get_mut(&first).unwrap();
     pair.magnitude = pair.magnitude.clone().map(|magnitude| magnitude * f32::NAN);
     assert!(!adapter.summary().unwrap()[0].finite);
+}
+
+#[test]
+fn what_is_trained_whole_does_not_add_up() {
+    let [plain, saved, biases] = ["gqa", "saved", "bias-all"].map(golden);
+    for (whole, named) in [(&saved, "lm_head.weight"), (&biases, "k_proj.bias")] {
+        let refused =
+            Adapter::combine(&[(&plain, 1.0), (whole, 1.0)], Combination::Cat).unwrap_err().to_string();
+        assert!(refused.contains(named) && refused.contains("pronk merge"), "{refused}");
+    }
+}
+
+/// Each makes up for what the base has lost: their mean does so once, their sum twice.
+#[test]
+fn starts_from_what_was_lost_add_up_with_their_like() {
+    let mut lost = golden("gqa");
+    lost.config.loftq_config = Some(LoftQConfig { loftq_bits: 4, loftq_iter: 1 });
+    let plain = golden("gqa");
+    let combined =
+        |parts: &[(&Adapter, f64)]| Adapter::combine(parts, Combination::Cat).map_err(|e| e.to_string());
+    assert!(combined(&[(&lost, 0.5), (&plain, 0.5)]).unwrap_err().contains("others did not"));
+    assert!(combined(&[(&plain, 0.5), (&lost, 0.5)]).unwrap_err().contains("others did not"));
+    assert!(combined(&[(&lost, 1.0), (&lost, 1.0)]).unwrap_err().contains("add up to 1, found 2"));
+    assert_eq!(
+        combined(&[(&lost, 0.7), (&lost, 0.3)]).unwrap().config.loftq_config,
+        lost.config.loftq_config
+    );
 }

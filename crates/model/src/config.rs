@@ -5,7 +5,7 @@ mod keys;
 mod window;
 
 use pronk_kernels::{Precision, RopeScaling, Scoring};
-use pronk_lora::{ModuleShape, PartOf};
+use pronk_lora::{EMBED_TOKENS, LM_HEAD, ModuleShape, PartOf};
 use serde_json::Value;
 
 use self::keys::Keys;
@@ -145,12 +145,16 @@ impl DecoderConfig {
         self.blocks_modules(&self.block_linears())
     }
 
-    /// What an adapter may sit on: the linear layers, and the parts of packed ones under the names
-    /// that they have where they are apart.
+    /// What an adapter may sit on, or hold whole: the linear layers, the parts of packed ones under the names
+    /// that they have where they are apart, embeddings and head.
     pub fn adapter_modules(&self) -> Vec<ModuleShape> {
         let mut modules = self.block_linears();
         modules.extend(self.block_parts());
-        self.blocks_modules(&modules)
+        let mut modules = self.blocks_modules(&modules);
+        let vocabulary = |name| ModuleShape::new(name, self.hidden_size, self.vocab_size);
+        modules.push(vocabulary(EMBED_TOKENS));
+        modules.push(ModuleShape { is_tied: self.tie_word_embeddings, ..vocabulary(LM_HEAD) });
+        modules
     }
 
     fn block_linears(&self) -> Vec<ModuleShape> {
@@ -174,7 +178,11 @@ impl DecoderConfig {
                 ("mlp.down_proj", inner, hidden),
             ]
         };
-        linears.iter().map(|&(name, input, output)| ModuleShape::new(name, input, output)).collect()
+        let shape = |&(name, input, output): &(&str, usize, usize)| ModuleShape {
+            has_bias: self.has_bias(name),
+            ..ModuleShape::new(name, input, output)
+        };
+        linears.iter().map(shape).collect()
     }
 
     fn block_parts(&self) -> Vec<ModuleShape> {

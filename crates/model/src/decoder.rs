@@ -2,7 +2,7 @@ use std::iter::Peekable;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_kernels::{FrozenLinear, FrozenMatrix, computes_on_host, rms_norm, soft_cap};
 use pronk_lora::{Adapter, ForwardMode, LoraConfig, LoraError};
 
@@ -97,19 +97,45 @@ impl Decoder {
         block_prefix(layer)
     }
 
-    /// The output projection, from `hidden` to the vocabulary, before logits are capped.
-    pub fn lm_head(&self) -> &FrozenLinear {
-        &self.lm_head
+    /// The output projection, from `hidden` to the vocabulary, before logits are capped: the adapter's,
+    /// where it has one.
+    pub fn lm_head(&self, adapter: Option<&Adapter>) -> FrozenLinear {
+        match adapter.and_then(Adapter::head) {
+            Some(weight) => FrozenLinear::new(weight.clone(), None),
+            None => self.lm_head.clone(),
+        }
     }
 
-    /// Embeddings of `token_ids`, `[tokens, hidden]`.
-    pub fn embed(&self, token_ids: &[u32]) -> Tensor<2> {
-        let rows = Tensor::from_data(self.embed_tokens.select(token_ids), &self.device);
+    /// Embeddings of `token_ids`, `[tokens, hidden]`: the adapter's, where it has some.
+    ///
+    /// # Panics
+    /// Where an id has none.
+    pub fn embed(&self, token_ids: &[u32], adapter: Option<&Adapter>) -> Tensor<2> {
+        self.scaled(match adapter.and_then(Adapter::embeddings) {
+            Some(weight) => weight.clone().select(0, self.indices(token_ids)),
+            None => Tensor::from_data(self.embed_tokens.select(token_ids), &self.device),
+        })
+    }
+
+    /// The gradient of the weight that [`Self::embed`] has taken, `[vocab, hidden]`, for `gradient` at what it
+    /// gave: a token's rows summed, as often as it stands there. transformers gives the row of `pad_token_id` none;
+    /// nothing is padded here, and where it is another token as well, that learns.
+    pub fn embed_backward(&self, token_ids: &[u32], gradient: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
+        let gradient = self.scaled(gradient);
+        weight.zeros_like().select_assign(0, self.indices(token_ids), gradient, IndexingUpdateOp::Add)
+    }
+
+    fn scaled(&self, rows: Tensor<2>) -> Tensor<2> {
         if self.config.traits().scaled_embeddings {
             rows * (self.config.hidden_size as f64).sqrt()
         } else {
             rows
         }
+    }
+
+    fn indices(&self, token_ids: &[u32]) -> Tensor<1, Int> {
+        let ids: Vec<i64> = token_ids.iter().map(|&id| i64::from(id)).collect();
+        Tensor::from_data(TensorData::new(ids, [token_ids.len()]), &self.device)
     }
 
     /// A fresh adapter for this base, that changes nothing yet.
@@ -144,7 +170,7 @@ impl Decoder {
 
     /// Hidden states behind the last block, `[tokens, hidden]`.
     pub fn hidden(&self, token_ids: &[u32], layout: &Layout, mode: ForwardMode) -> Tensor<2> {
-        let x = self.embed(token_ids);
+        let x = self.embed(token_ids, mode.adapter);
         self.visit(0..self.layers()).fold(x, |x, (_, block)| block.forward(x, layout, mode, None))
     }
 
@@ -154,7 +180,7 @@ impl Decoder {
         let whole: Range<usize> = 0..token_ids.len();
         let layout = self.layout(&positions, std::slice::from_ref(&whole));
         let hidden = self.hidden(token_ids, &layout, mode);
-        self.project(hidden)
+        self.project(hidden, mode)
     }
 
     /// Logits of the last of `token_ids`, `[1, vocab]`, which stand behind the `before` tokens
@@ -167,11 +193,11 @@ impl Decoder {
         mode: ForwardMode,
     ) -> Tensor<2> {
         let layout = Layout::continuation(&self.rotaries, before, token_ids.len(), &self.device);
-        let mut x = self.embed(token_ids);
+        let mut x = self.embed(token_ids, mode.adapter);
         for ((_, block), cache) in self.visit(0..self.layers()).zip(caches) {
             x = block.forward(x, &layout, mode, Some(cache));
         }
-        self.project(x.narrow(0, token_ids.len() - 1, 1))
+        self.project(x.narrow(0, token_ids.len() - 1, 1), mode)
     }
 
     /// What the logits are capped at, as [`soft_cap()`] does it.
@@ -179,8 +205,8 @@ impl Decoder {
         self.config.final_logit_softcapping.map(|cap| cap as f32)
     }
 
-    fn project(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let logits = self.lm_head.forward(self.final_norm(hidden));
+    fn project(&self, hidden: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+        let logits = self.lm_head(mode.adapter).forward(self.final_norm(hidden));
         if let Some(cap) = self.logit_cap() { soft_cap(logits, cap) } else { logits }
     }
 }

@@ -30,6 +30,7 @@ mod staging;
 mod start;
 mod synth;
 mod weights_writer;
+mod whole;
 
 pub use base::{Base, Shard};
 pub use block::{Block, LayerCache};

@@ -9,8 +9,10 @@
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_data::PackedBatch;
-use pronk_kernels::{CrossEntropy, Dropout, EmbeddingNoise, Tracked, cross_entropy, pull_back};
-use pronk_lora::{Adapter, ForwardMode, WeightNorms};
+use pronk_kernels::{
+    CrossEntropy, Dropout, EmbeddingNoise, LossGradients, Tracked, cross_entropy, pull_back,
+};
+use pronk_lora::{Adapter, EMBED_TOKENS, ForwardMode, TensorKind, TensorName, WeightNorms};
 use pronk_model::{Block, Decoder, Layout};
 use tracing::trace_span;
 
@@ -52,18 +54,19 @@ pub fn loss_and_gradients(
     let layout = decoder.layout(&batch.positions, &documents);
     let norms = WeightNorms::default();
     let mode = ForwardMode { dropout, ..ForwardMode::inference(Some(adapter)).with_norms(&norms) };
-    let lowest = lowest_adapted(decoder, adapter);
+    let embeddings = adapter.embeddings();
+    let lowest = if embeddings.is_some() { 0 } else { lowest_adapted(decoder, adapter) };
     let recorded = decoder.layers().saturating_sub(keep.graphs);
 
     let record = |forward: Forward, block: &Block, layer: usize, x: Tensor<2>| {
         let adapter = adapter.tracked_under(&Decoder::block_prefix(layer));
-        let input = (layer > lowest).then(|| x.clone().tracked());
+        let input = (layer > lowest || embeddings.is_some()).then(|| x.clone().tracked());
         let mode = ForwardMode { adapter: Some(&adapter), ..mode };
         let output = forward(block, input.clone().unwrap_or(x), &layout, mode);
         Tape { input, adapter, output }
     };
 
-    let mut x = decoder.embed(&batch.token_ids);
+    let mut x = decoder.embed(&batch.token_ids, Some(adapter));
     if let Some(noise) = noise {
         x = noise.apply(x, &documents);
     }
@@ -85,10 +88,12 @@ pub fn loss_and_gradients(
         });
     }
 
-    let head = || head_loss_and_gradient(decoder, x, batch, n_supervised);
-    let (loss, mut gradient) = spanned(&trace_span!("head"), device, head);
     let mut gradients = Gradients::default();
+    let head = || head_loss_and_gradient(decoder, adapter, x, batch, n_supervised, &mut gradients);
+    let (loss, gradient) = spanned(&trace_span!("head"), device, head);
+    let mut gradient = Some(gradient);
     for (layer, block) in decoder.visit((lowest..decoder.layers()).rev()) {
+        let Some(above) = gradient.take() else { break };
         let tape = match saved.pop() {
             Some(Saved::Tape(tape)) => tape,
             Some(Saved::Input(x)) => {
@@ -98,10 +103,12 @@ pub fn loss_and_gradients(
             }
             None => break,
         };
-        let backward = || tape.pull_back(gradient, &mut gradients);
-        let below = spanned(&trace_span!("backward", layer), device, backward);
-        let Some(below) = below else { break };
-        gradient = below;
+        let backward = || tape.pull_back(above, &mut gradients);
+        gradient = spanned(&trace_span!("backward", layer), device, backward);
+    }
+    if let (Some(weight), Some(gradient)) = (embeddings, gradient) {
+        let of_weight = decoder.embed_backward(&batch.token_ids, gradient, weight);
+        gradients.add(TensorName::new(EMBED_TOKENS, TensorKind::Weight), of_weight);
     }
     MicroBatchLoss { sum: loss, gradients }
 }
@@ -112,14 +119,15 @@ pub fn loss_only(decoder: &Decoder, adapter: Option<&Adapter>, batch: &PackedBat
     let hidden = decoder.hidden(&batch.token_ids, &layout, ForwardMode::inference(adapter));
     let (rows, targets) = labelled_rows(&hidden, batch);
     let rows = decoder.final_norm(hidden.select(0, rows));
-    cross_entropy(&rows, decoder.lm_head(), &targets, decoder.logit_cap(), false).sum
+    let head = decoder.lm_head(adapter);
+    cross_entropy(&rows, &head, &targets, decoder.logit_cap(), LossGradients::None).sum
 }
 
-/// The first block with an adapter in it.
+/// The first block that something is trained in.
 fn lowest_adapted(decoder: &Decoder, adapter: &Adapter) -> usize {
     let adapted = |layer: &usize| {
         let prefix = Decoder::block_prefix(*layer);
-        adapter.pairs.keys().any(|name| name.starts_with(&prefix))
+        adapter.tensors().any(|(name, _)| name.module.starts_with(&prefix))
     };
     (0..decoder.layers()).find(adapted).unwrap_or(decoder.layers())
 }
@@ -146,29 +154,38 @@ impl Tape {
     /// Adds the adapters' gradients to `gradients` and returns the input's.
     fn pull_back(self, gradient: Tensor<2>, gradients: &mut Gradients) -> Option<Tensor<2>> {
         let mut leaves = pull_back(&self.output, gradient);
-        let mut collected = Gradients::default();
         for (name, tensor) in self.adapter.tensors() {
-            collected.tensors.extend(tensor.grad_remove(&mut leaves).map(|gradient| (name, gradient)));
+            if let Some(gradient) = tensor.grad_remove(&mut leaves) {
+                gradients.add(name, gradient);
+            }
         }
-        gradients.accumulate(collected);
         self.input.and_then(|x| x.grad_remove(&mut leaves))
     }
 }
 
 /// The loss at the end of the graph, and its gradient at the last block's output
-/// `[tokens, hidden]`. Only rows that have a label are normed and projected.
+/// `[tokens, hidden]`; that of the head's weight, where it is trained, is added to `gradients`. Only rows that have a
+/// label are normed and projected.
 fn head_loss_and_gradient(
     decoder: &Decoder,
+    adapter: &Adapter,
     hidden: Tensor<2>,
     batch: &PackedBatch,
     n_supervised: usize,
+    gradients: &mut Gradients,
 ) -> (Tensor<1>, Tensor<2>) {
     let (rows, targets) = labelled_rows(&hidden, batch);
     let zeros = hidden.zeros_like();
     let labelled = hidden.select(0, rows.clone()).tracked();
     let normed = decoder.final_norm(labelled.clone());
-    let CrossEntropy { sum, gradient } =
-        cross_entropy(&normed.clone().inner(), decoder.lm_head(), &targets, decoder.logit_cap(), true);
+    let trained = adapter.head_name();
+    let wanted = if trained.is_some() { LossGradients::HiddenAndHead } else { LossGradients::Hidden };
+    let head = decoder.lm_head(Some(adapter));
+    let CrossEntropy { sum, gradient, head_gradient } =
+        cross_entropy(&normed.clone().inner(), &head, &targets, decoder.logit_cap(), wanted);
+    if let (Some(name), Some(of_head)) = (trained, head_gradient) {
+        gradients.add(name, of_head / n_supervised as f64);
+    }
     let gradient = gradient.unwrap_or_else(|| normed.clone().inner().zeros_like());
     let mut leaves = pull_back(&normed, gradient / n_supervised as f64);
     let at_rows = labelled.grad_remove(&mut leaves).unwrap_or_else(|| labelled.inner().zeros_like());

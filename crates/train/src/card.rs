@@ -1,5 +1,5 @@
 use pronk_data::PromptTemplate;
-use pronk_lora::{InitLoraWeights, LoraConfig};
+use pronk_lora::{InitLoraWeights, LoraConfig, TrainedBiases};
 
 /// What the adapter's `README.md` says of it, and the template that is stored beside.
 #[derive(Debug, Clone)]
@@ -38,6 +38,12 @@ impl ModelCard<'_> {
         let (rank, alpha) = (lora.rank, lora.alpha);
         let targets = serde_json::to_string(&lora.target_modules).unwrap_or_default();
         let heading = Self::TRAINING;
+        let mut whole = lora.modules_to_save.join(", ");
+        if lora.bias != TrainedBiases::None {
+            let biases = serde_json::to_string(&lora.bias).unwrap_or_default();
+            whole += &format!("{}biases: {biases}", if whole.is_empty() { "" } else { ", " });
+        }
+        let whole = if whole.is_empty() { String::new() } else { format!("| trained whole | {whole} |\n") };
         let start = match lora.init_lora_weights {
             InitLoraWeights::Default => String::new(),
             init => format!("| init_lora_weights | {init} |\n"),
@@ -46,7 +52,7 @@ impl ModelCard<'_> {
             "{opening}{heading}\n\
              | | |\n|---|---|\n\
              | rank, alpha | {rank}, {alpha} |\n| target modules | {targets} |\n\
-             {start}| prompt template | {template}, in `{file}` |\n{data}\
+             {whole}{start}| prompt template | {template}, in `{file}` |\n{data}\
              | prepared rows | `{data_key}` |\n| optimizer steps | {step} |\n{eval}\n\
              The recipe, for `pronk train`; its paths are those of no machine:\n\n```toml\n{recipe}```\n\n\
              The licences of the base and of the data apply as well. Trained with pronk.\n"

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use pronk_data::PackedBatch;
 use pronk_kernels::logit_rows;
-use pronk_lora::{LoraConfig, LoraError};
+use pronk_lora::{EMBED_TOKENS, LM_HEAD, LoraConfig, LoraError, TensorKind, TensorName};
 use pronk_model::{DecoderConfig, Memory, WeightBytes};
 
 use crate::{OptimizerKind, Recompute, SavedInputs};
@@ -24,6 +24,8 @@ const CONTEXT: u64 = 500 << 20;
 /// exponentials and weights; and the gradients that its backward pass holds beside them.
 const SCORES_KEPT: u64 = 2;
 const SCORES_BACKWARD: u64 = 3;
+/// Copies of a tensor that a step of the optimizer makes on its way.
+const STEP_COPIES: u64 = 3;
 
 /// What a micro-batch brings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +53,7 @@ pub struct Footprint {
     pub weights: u64,
     /// Whether the weights are gone while there are logits.
     pub streamed: bool,
-    /// Both factors of every adapted layer.
+    /// Both factors of every adapted layer, and what is trained whole.
     pub adapter: u64,
     /// Gradients, and what the optimizer remembers.
     pub optimizer: u64,
@@ -61,8 +63,10 @@ pub struct Footprint {
     pub kept_graphs: u64,
     /// The graph of the block at hand and what its backward pass needs beside it.
     pub block_graph: u64,
-    /// A chunk of logits, and the head that makes them.
+    /// A chunk of logits, the head that makes them, and its gradient by them.
     pub logits: u64,
+    /// What a step of the optimizer computes in, of the largest tensor that is trained whole.
+    pub step: u64,
     /// The matrix that is dense for its product, on a card.
     pub dense: u64,
     /// The program.
@@ -76,7 +80,8 @@ impl Footprint {
         let always = run + self.dense + self.program;
         let in_a_block = self.weights + self.block_graph;
         let at_the_end = self.logits + if self.streamed { 0 } else { self.weights };
-        always + in_a_block.max(at_the_end)
+        let in_the_optimizer = self.step + if self.streamed { 0 } else { self.weights };
+        always + in_a_block.max(at_the_end).max(in_the_optimizer)
     }
 }
 
@@ -93,6 +98,9 @@ pub struct Shapes {
     keeps_start: bool,
     /// Numbers in the adapter.
     adapter_numbers: u64,
+    /// Numbers in the embeddings, and in the head, where they are trained whole.
+    embedding_numbers: u64,
+    head_numbers: u64,
     /// Bytes that a number of a saved block input takes.
     saved_bytes: u64,
     /// Bytes that the optimizer remembers of a number.
@@ -100,7 +108,8 @@ pub struct Shapes {
 }
 
 impl Shapes {
-    /// Of an adapter as `lora` describes it, on a decoder whose weights take `weights`.
+    /// Of an adapter as `lora` describes it, on a decoder whose weights take `weights`; `model` has the vocabulary that
+    /// it is trained with.
     pub fn new(model: &DecoderConfig, weights: WeightBytes, lora: &LoraConfig) -> Result<Self, LoraError> {
         let modules = model.adapter_modules();
         let targets = lora.select(&modules)?;
@@ -108,6 +117,14 @@ impl Shapes {
         let numbers = targets
             .iter()
             .map(|m| lora.rank_of(&m.name) * (m.in_features + m.out_features) + magnitudes(m.out_features));
+        let whole = lora.whole(&modules)?;
+        let whole_numbers: usize = whole.values().map(|[rows, columns]| rows * columns).sum();
+        let weight = |module| {
+            let shape = whole.get(&TensorName::new(module, TensorKind::Weight));
+            shape.map_or(0, |[rows, columns]| (rows * columns) as u64)
+        };
+        let (embedding_numbers, head_numbers) = (weight(EMBED_TOKENS), weight(LM_HEAD));
+        let is_tied = lora.ensure_weight_tying && model.tie_word_embeddings;
         let short = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
         let outputs: BTreeMap<String, usize> =
             targets.iter().map(|m| (short(&m.name), m.out_features)).collect();
@@ -117,7 +134,9 @@ impl Shapes {
             // Dropout has the base multiplied with what it leaves as well.
             dora_outputs: magnitudes(outputs.values().sum()) * if lora.dropout > 0.0 { 2 } else { 1 },
             keeps_start: lora.init_lora_weights.keeps_start(),
-            adapter_numbers: numbers.sum::<usize>() as u64,
+            adapter_numbers: (numbers.sum::<usize>() + whole_numbers) as u64,
+            embedding_numbers,
+            head_numbers: if is_tied { embedding_numbers } else { head_numbers },
             adapted: targets.iter().map(|m| short(&m.name)).collect(),
             saved_bytes: FLOAT,
             state_bytes: OptimizerKind::default().state_bytes(),
@@ -157,6 +176,7 @@ impl Shapes {
             kept_graphs: kept as u64 * self.graph(work),
             block_graph: self.graph(work) + self.backward(work),
             logits: self.logits(work),
+            step: STEP_COPIES * self.embedding_numbers.max(self.head_numbers) * FLOAT,
             dense: self.weights.dense,
             program: if self.on_card() { CONTEXT } else { PROGRAM },
         }
@@ -232,7 +252,8 @@ impl Shapes {
         let rows = logit_rows(self.model.vocab_size).min(work.supervised.max(1)) as u64;
         let hidden = 3 * work.supervised as u64 * self.model.hidden_size as u64;
         let copies = if self.model.final_logit_softcapping.is_some() { 4 } else { 2 };
-        (copies * rows * self.model.vocab_size as u64 + hidden) * FLOAT + self.weights.streamed_head
+        let numbers = copies * rows * self.model.vocab_size as u64 + hidden + self.head_numbers;
+        numbers * FLOAT + self.weights.streamed_head
     }
 }
 

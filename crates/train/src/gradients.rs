@@ -16,12 +16,17 @@ impl Gradients {
     /// Adds those of another micro-batch.
     pub fn accumulate(&mut self, other: Self) {
         for (name, gradient) in other.tensors {
-            let sum = match self.tensors.remove(&name) {
-                None => gradient,
-                Some(kept) => kept + gradient,
-            };
-            self.tensors.insert(name, sum);
+            self.add(name, gradient);
         }
+    }
+
+    /// Adds one tensor's.
+    pub(crate) fn add(&mut self, name: TensorName, gradient: Tensor<2>) {
+        let sum = match self.tensors.remove(&name) {
+            None => gradient,
+            Some(kept) => kept + gradient,
+        };
+        self.tensors.insert(name, sum);
     }
 
     /// The Euclidean norm over all of them together.

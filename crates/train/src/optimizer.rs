@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Tensor, TensorData};
 use pronk_kernels::{AdamW, AdamWState, Blockwise, Lion, Muon};
-use pronk_lora::{Adapter, Factor, TensorName};
+use pronk_lora::{Adapter, TensorKind, TensorName};
 use serde::{Deserialize, Serialize};
 
 use crate::{Gradients, TrainConfig, TrainError};
@@ -48,9 +48,13 @@ pub(crate) enum TensorState {
 }
 
 impl TensorState {
-    fn new(kind: OptimizerKind, tensor: &Tensor<2>) -> Self {
+    fn new(kind: OptimizerKind, name: &TensorName, tensor: &Tensor<2>) -> Self {
         let zeros = |signed| Blockwise::zeros(tensor.shape().num_elements(), signed);
         match kind {
+            // Muon is for matrices that multiply: embeddings, heads and vectors are left to AdamW, as its author has it.
+            OptimizerKind::Muon if matches!(name.kind, TensorKind::Weight | TensorKind::Bias) => {
+                Self::Moments(AdamWState::zeros_like(tensor))
+            }
             OptimizerKind::AdamW => Self::Moments(AdamWState::zeros_like(tensor)),
             OptimizerKind::AdamW8bit => Self::EightBit { m: zeros(true), v: zeros(false) },
             OptimizerKind::Lion | OptimizerKind::Muon => Self::Momentum(tensor.zeros_like()),
@@ -72,7 +76,11 @@ impl Optimizer {
     /// With everything it remembers at zero.
     pub fn new(config: &TrainConfig, adapter: &Adapter) -> Self {
         let TrainConfig { optimizer: kind, weight_decay, lora_plus_ratio, .. } = *config;
-        let states = adapter.tensors().map(|(name, tensor)| (name, TensorState::new(kind, tensor))).collect();
+        let state = |(name, tensor)| {
+            let state = TensorState::new(kind, &name, tensor);
+            (name, state)
+        };
+        let states = adapter.tensors().map(state).collect();
         Self { kind, weight_decay, lora_plus_ratio, states }
     }
 
@@ -90,11 +98,13 @@ impl Optimizer {
             else {
                 continue;
             };
-            let rate = match name.factor {
-                Factor::B => learning_rate * self.lora_plus_ratio,
-                Factor::A | Factor::Magnitude => learning_rate,
+            let rate = match name.kind {
+                TensorKind::B => learning_rate * self.lora_plus_ratio,
+                _ => learning_rate,
             };
-            let (kind, decay) = (self.kind, self.weight_decay);
+            // As transformers' Trainer has it, biases do not decay.
+            let decay = if name.kind == TensorKind::Bias { 0.0 } else { self.weight_decay };
+            let kind = self.kind;
             *tensor = stepped(kind, decay, tensor.clone(), gradient.clone(), state, rate, step)?;
         }
         Ok(())
@@ -169,7 +179,7 @@ mod tests {
     fn trained(config: &TrainConfig, learning_rate: f64) -> [Vec<f32>; 2] {
         let adapter = |seed| {
             let pairs = [("m".to_owned(), pair(seed))].into();
-            Adapter { config: LoraConfig::default(), pairs }
+            Adapter { config: LoraConfig::default(), pairs, whole: BTreeMap::new() }
         };
         let mut adapter_now = adapter(0);
         let mut optimizer = Optimizer::new(config, &adapter_now);

@@ -2,13 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test may panic
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_data::{PackedBatch, TokenizedExample};
 use pronk_kernels::{Dropout, DropoutKey, open_device};
-use pronk_lora::{Adapter, Factor, InitLoraWeights, LoraConfig, TargetModules, TensorName};
+use pronk_lora::{Adapter, InitLoraWeights, LoraConfig, TargetModules, TensorKind, TensorName};
 use pronk_model::{Base, Decoder, LoadConfig, StartWeights};
 use pronk_train::{Gradients, Keep, MicroBatchLoss, SavedInputs, loss_and_gradients, loss_only};
 use safetensors::SafeTensors;
@@ -114,7 +115,7 @@ fn gradients_of_a_principal_start_equal_pefts() {
                 let values = floats(&file, &format!("pissa.{kind}.base_model.model.{name}.weight"));
                 Tensor::<2>::from_data(TensorData::new(values, like.dims()), &device)
             };
-            let pefts = |kind| (read(kind, Factor::A, &pair.a), read(kind, Factor::B, &pair.b));
+            let pefts = |kind| (read(kind, TensorKind::A, &pair.a), read(kind, TensorKind::B, &pair.b));
             let (start, now) = (pefts("start"), pefts("factor"));
             // Singular vectors have no sign of their own, their products have.
             let product: Vec<f32> = start.1.clone().matmul(start.0.clone()).try_to_vec_as().unwrap();
@@ -147,13 +148,31 @@ fn loss_and_gradients_of_every_family_equal_pefts() {
     equal_pefts("family-gradients.safetensors", &families.map(|name| (name, format!("tiny-{name}"))));
 }
 
+/// Embeddings, whose rows are summed, and the head, by the fused loss: apart, as one, as copies of one, beside an
+/// adapter that does not reach down to the first block; biases of adapted layers and of others.
+#[test]
+fn gradients_of_what_is_trained_whole_equal_pefts() {
+    let cases = [
+        ("saved", "tiny-mistral"),
+        ("saved-head", "tiny-mistral"),
+        ("saved-tied", "tiny-qwen2"),
+        ("saved-parted", "tiny-qwen2"),
+        ("saved-embeddings", "tiny-gemma2"),
+        ("saved-scaled", "tiny-gemma2"),
+        ("bias-all", "tiny-qwen2"),
+        ("bias-lora-only", "tiny-qwen2"),
+        ("bias-dora", "tiny-bias"),
+    ];
+    equal_pefts("whole-gradients.safetensors", &cases.map(|(case, model)| (case, model.to_owned())));
+}
+
 fn equal_pefts(file: &str, cases: &[(&str, String)]) {
     let bytes = fs::read(golden().join(file)).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     for device in devices() {
         for (case, model) in cases {
             let (base, decoder) = decoder(model, &device);
-            let modules = base.config.linear_modules();
+            let modules = base.config.adapter_modules();
             let adapter =
                 Adapter::load(&golden().join(format!("adapter-{case}")), &modules, &device).unwrap();
             let batch = pack(&examples(&file, case));
@@ -164,15 +183,17 @@ fn equal_pefts(file: &str, cases: &[(&str, String)]) {
                 let mean = loss(&micro) / n as f32;
                 assert!((mean / expected - 1.0).abs() < 1e-5, "{case}: loss {mean}, PEFT's is {expected}");
                 let names: Vec<TensorName> = adapter.tensors().map(|(name, _)| name).collect();
-                assert!(micro.gradients.tensors.keys().eq(&names));
+                let found: Vec<&TensorName> = micro.gradients.tensors.keys().collect();
+                assert_eq!(found, names.iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>());
                 for (name, ours) in &micro.gradients.tensors {
-                    let key = format!(
-                        "{case}.gradient.base_model.model.{name}{}",
-                        match name.factor {
-                            Factor::Magnitude => "",
-                            Factor::A | Factor::B => ".weight",
+                    let key = match name.kind {
+                        TensorKind::A | TensorKind::B => format!("{name}.weight"),
+                        TensorKind::Bias if adapter.pairs.contains_key(&name.module) => {
+                            format!("{}.base_layer.bias", name.module)
                         }
-                    );
+                        TensorKind::Magnitude | TensorKind::Weight | TensorKind::Bias => name.to_string(),
+                    };
+                    let key = format!("{case}.gradient.base_model.model.{key}");
                     let error = relative_error(ours, &floats(&file, &key));
                     assert!(error < 1e-4, "{device:?} {kept} kept, {key}: {error}");
                 }
@@ -204,7 +225,8 @@ fn parts_of_packed_layers_have_the_gradients_of_their_blocks() {
         let (parts, whole) = (gradients(&adapter), gradients(&adapter.onto_packed(&modules)));
         assert_eq!((parts.tensors.len(), whole.tensors.len()), (12, 8));
         let of = |gradients: &Gradients, name: &str| {
-            [Factor::A, Factor::B].map(|factor| gradients.tensors[&TensorName::new(name, factor)].clone())
+            [TensorKind::A, TensorKind::B]
+                .map(|factor| gradients.tensors[&TensorName::new(name, factor)].clone())
         };
         for name in adapter.pairs.keys() {
             let part = modules.iter().find(|m| m.name == *name).unwrap().part_of.clone().unwrap();
@@ -326,7 +348,7 @@ fn below_the_lowest_adapter_nothing_has_a_gradient() {
         for kept in [usize::MAX, 0, 1] {
             let batch = pack(std::slice::from_ref(&example));
             let micro = loss_and_gradients(&decoder, &adapter, &batch, 3, graphs(kept), None, None);
-            let names = [Factor::A, Factor::B].map(|factor| TensorName::new(&target, factor));
+            let names = [TensorKind::A, TensorKind::B].map(|factor| TensorName::new(&target, factor));
             assert!(micro.gradients.tensors.keys().eq(&names));
             // B is zero, so A's gradient is too; B's is not.
             let b: Vec<f32> = micro.gradients.tensors[&names[1]].try_to_vec_as().unwrap();

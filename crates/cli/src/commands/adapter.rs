@@ -6,10 +6,14 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{CHAT_TEMPLATE, PROMPT_TEMPLATE};
 use pronk_export::Extraction;
 use pronk_kernels::open_device;
-use pronk_lora::{Adapter, AllLinear, Combination, LoraConfig, ModuleSummary, TargetModules, base_of};
-use pronk_train::seal;
+use pronk_lora::{
+    Adapter, AllLinear, Combination, EMBED_TOKENS, LoraConfig, ModuleSummary, TargetModules, TensorKind,
+    base_of,
+};
+use pronk_train::{ModelCard, seal};
 
 use crate::args::{Combine, Extract, Method};
+use crate::model_card::{Making, of_combined};
 use crate::terminal::print;
 use crate::{base, progress};
 
@@ -34,7 +38,7 @@ fn describe(adapter: &Adapter, modules: &[ModuleSummary], base: Option<&str>) ->
         kinds.entry(module.name.rsplit('.').next().unwrap_or(&module.name)).or_default().push(module);
     }
     let kind = if config.use_dora { "DoRA" } else { "LoRA" };
-    let parameters: usize = modules.iter().map(|module| module.parameters).sum();
+    let parameters = adapter.parameters();
     let mut text = format!(
         "{kind}, {parameters} parameters in {} modules of {}{}\nrank {}, alpha {}, dropout {}{}\n\n\
          {:<14} {:>7} {:>6} {:>10} {:>12} {:>10} {:>10}\n",
@@ -66,7 +70,27 @@ fn describe(adapter: &Adapter, modules: &[ModuleSummary], base: Option<&str>) ->
         );
     }
     text += "\nnorms are those of scale * B A\n";
-    text + &warnings(modules)
+    text + &trained_whole(adapter) + &warnings(modules)
+}
+
+/// A line for every weight that takes the place of the base's, and one for all biases.
+fn trained_whole(adapter: &Adapter) -> String {
+    let mut text = String::new();
+    let (mut biases, mut numbers) = (0, 0);
+    for (name, tensor) in &adapter.whole {
+        let [rows, columns] = tensor.dims();
+        if name.kind == TensorKind::Bias {
+            (biases, numbers) = (biases + 1, numbers + columns);
+            continue;
+        }
+        let tied = adapter.config.ensure_weight_tying && name.module == EMBED_TOKENS;
+        let tied = if tied { ", the head's too (ensure_weight_tying)" } else { "" };
+        text += &format!("trained whole: {name}, {rows} tokens of {columns}{tied}\n");
+    }
+    if biases > 0 {
+        text += &format!("trained whole: {biases} biases, {numbers} numbers\n");
+    }
+    text
 }
 
 /// One number, or the lowest and the highest.
@@ -117,6 +141,9 @@ pub fn combine(args: &Combine) -> Result<()> {
     let combined = Adapter::combine(&weighted, how).into_diagnostic()?;
     combined.save(&args.out, &base, false).into_diagnostic()?;
     copy_common_template(dirs, &args.out)?;
+    let parts: Vec<(String, f64)> =
+        dirs.iter().map(|dir| dir.display().to_string()).zip(weights.iter().copied()).collect();
+    write_card(&args.out, &of_combined(&combined, &base, &parts, args.method))?;
     seal(&args.out).into_diagnostic()?;
     let modules = combined.summary().into_diagnostic()?;
     print(&describe(&combined, &modules, Some(&base)));
@@ -147,8 +174,16 @@ pub fn extract(args: &Extract) -> Result<()> {
     bar.finish_and_clear();
     let extraction = extraction.into_diagnostic()?;
     extraction.adapter.save(&args.out, &base.name, false).into_diagnostic()?;
+    let kept = kept(&extraction);
+    let card = Making::new(&base, &extraction.adapter, None)?.of_adapter();
+    let of = Path::new(&args.tuned).file_name().unwrap_or_default().to_string_lossy();
+    let training = ModelCard::TRAINING;
+    write_card(
+        &args.out,
+        &format!("{card}{training}\nNone: taken out of `{of}` by pronk adapter extract.\n\n```\n{kept}```\n"),
+    )?;
     seal(&args.out).into_diagnostic()?;
-    print(&kept(&extraction));
+    print(&kept);
     Ok(())
 }
 
@@ -168,6 +203,11 @@ fn kept(extraction: &Extraction) -> String {
         text += &format!("warning: {count} tensor(s) differ and are left out, such as {first}\n");
     }
     text
+}
+
+fn write_card(dir: &Path, card: &str) -> Result<()> {
+    let path = dir.join(ModelCard::FILE);
+    fs::write(&path, card).into_diagnostic().wrap_err_with(|| path.display().to_string())
 }
 
 /// Refuses a directory with something in it.

@@ -1,6 +1,5 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -37,7 +36,7 @@ pub fn run(args: &args::Bench) -> Result<ExitCode> {
     let totals = Totals::default();
     let _trace = listen(args.profile.as_deref(), Some(totals.clone()))?;
 
-    let opened = base::open(&recipe.base.path, Path::new("."))?;
+    let opened = base::of_recipe(&recipe)?;
     let computes_in = Memory::of(&open_device(&args.device.device).into_diagnostic()?);
     let shapes = sizes::shapes(&recipe, &opened, (recipe.base.quantize, recipe.base.weights), computes_in)?;
     let folder = RunFolder::create(&recipe.run.dir).into_diagnostic()?;

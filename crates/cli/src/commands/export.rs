@@ -42,6 +42,9 @@ pub fn run(args: &Export) -> Result<()> {
             fs::write(dir.join("Modelfile"), modelfile.to_string())?;
         }
         trained_with.iter().try_for_each(|template| template.save(dir))?;
+        if !opened.tokenizer.added_tokens().is_empty() {
+            opened.tokenizer.save(dir)?;
+        }
         Ok(seal(dir)?)
     };
     let report = export(&opened.base, &adapter, &args.out, &options, &device, &mut finish);

@@ -30,7 +30,8 @@ pub fn run(args: &Merge) -> Result<()> {
         ));
     }
     let trained_on = base::open(&args.base, Path::new("."))?.of_adapter(&args.adapter)?;
-    let other = args.onto.as_ref().map(|onto| base::open(onto, Path::new("."))).transpose()?;
+    let other = args.onto.as_ref().map(|onto| base::open(onto, Path::new("."))?.of_adapter(&args.adapter));
+    let other = other.transpose()?;
     let opened = other.as_ref().unwrap_or(&trained_on);
     if let (Some(formats), None, false) = (trained_on.base.quantization(), &other, of_quantized) {
         eprintln!(
@@ -99,7 +100,8 @@ impl Merging<'_> {
         let trained_with = PromptTemplate::of_adapter(&args.adapter, &opened.tokenizer).into_diagnostic()?;
         let card = Making::new(opened, adapter, trained_with.as_ref())?.of_merged(&args.adapter);
         let mut finish = |dir: &Path| {
-            if opened.base.gguf().is_some() {
+            // What lies beside a Hugging Face base is copied already; it does not know tokens that were added.
+            if opened.base.gguf().is_some() || !opened.tokenizer.added_tokens().is_empty() {
                 opened.tokenizer.save(dir)?;
             }
             fs::write(dir.join(ModelCard::FILE), with_training(&card, &args.adapter))?;
@@ -113,9 +115,15 @@ impl Merging<'_> {
     fn gguf(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<MergeReport> {
         let Self { args, opened, adapter, prompt, device } = self;
         let tokenizer = &opened.tokenizer;
+        let vocab_size = adapter.vocab_size().unwrap_or(opened.base.config.vocab_size);
         let mut metadata = match opened.base.gguf() {
+            Some(file)
+                if vocab_size > opened.base.config.vocab_size || !tokenizer.added_tokens().is_empty() =>
+            {
+                gguf_keys::keys(tokenizer.extend_gguf(gguf_keys::vocabulary(file), vocab_size))
+            }
             Some(_) => Vec::new(),
-            None => gguf_keys::keys(tokenizer.to_gguf(opened.base.config.vocab_size).into_diagnostic()?),
+            None => gguf_keys::keys(tokenizer.to_gguf(vocab_size).into_diagnostic()?),
         };
         let template = base::template(None, Some(&args.adapter), tokenizer)?;
         if template.file_name() == TEMPLATE_FILE {

@@ -1,5 +1,4 @@
 use std::fmt::Write;
-use std::path::Path;
 
 use miette::{IntoDiagnostic, Result, miette};
 use pronk_data::PromptTemplate;
@@ -29,7 +28,7 @@ pub fn run(args: &args::Plan) -> Result<()> {
         return Err(miette!("--price: expected dollars an hour, a number from 0, found {price}"));
     }
     let card = args.gpu.as_deref().map(Card::named).transpose()?;
-    let opened = base::open(&recipe.base.path, Path::new("."))?;
+    let opened = base::of_recipe(&recipe)?;
     let computes_in = if card.is_some() { Memory::Card } else { Memory::Host };
     let memory = sizes::memory(&recipe, &opened, computes_in)?;
     let memory = match card {
@@ -143,6 +142,7 @@ impl Outlook {
             kept_graphs,
             block_graph,
             logits,
+            step,
             dense,
             program,
         } = self.footprint;
@@ -156,12 +156,13 @@ impl Outlook {
             ("or: logits", logits),
             ("the program", program),
         ];
+        let of_whole = (step > 0).then_some(("or: the optimizer's step", step));
         let on_card = (dense > 0).then_some(("one dense matrix", dense));
         let mut text = format!(
             "the largest micro-batch: {} tokens, {} learned; {} blocks keep their graphs\n\n",
             self.largest.tokens, self.largest.supervised, self.kept
         );
-        for (what, bytes) in rows.into_iter().chain(on_card) {
+        for (what, bytes) in rows.into_iter().chain(of_whole).chain(on_card) {
             let _ = writeln!(text, "{what:<38}{:>12}", size(bytes));
         }
         let _ = writeln!(text, "{:<38}{:>12}", "peak", size(self.footprint.peak()));

@@ -24,7 +24,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     };
     let recipe = Recipe::read(&recipe_path, &args.set)?;
     let _trace = args.profile.as_deref().map(|file| listen(Some(file), None)).transpose()?;
-    let opened = base::open(&recipe.base.path, Path::new("."))?;
+    let opened = base::of_recipe(&recipe)?;
     let (folder, unused, accepted) = match resumed {
         Some(run) => {
             let accepted = changes(&run, &recipe, &opened, args.accept_changes)?;

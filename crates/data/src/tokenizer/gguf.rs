@@ -52,6 +52,31 @@ impl TextTokenizer {
         found.ok_or_else(|| self.no_gguf(DISAGREES))
     }
 
+    /// `vocabulary`, which is that of the GGUF file that this tokenizer was read from, with what was added to it since,
+    /// for a model of `vocab_size` tokens.
+    pub fn extend_gguf(&self, mut vocabulary: GgufVocabulary, vocab_size: usize) -> GgufVocabulary {
+        let GgufVocabulary { tokens, token_types, scores, .. } = &mut vocabulary;
+        token_types.resize(tokens.len(), NORMAL);
+        let added = self.added.iter().next_back().map_or(0, |(id, _)| *id as usize + 1);
+        for id in tokens.len()..vocab_size.max(added) {
+            tokens.push(format!("[PAD{id}]"));
+            token_types.push(UNUSED);
+        }
+        if !scores.is_empty() {
+            let least = scores.iter().copied().fold(0.0, f32::min);
+            scores.resize(tokens.len(), least);
+        }
+        let special = self.control_tokens();
+        for (&id, content) in &self.added {
+            if let (Some(token), Some(kind)) = (tokens.get_mut(id as usize), token_types.get_mut(id as usize))
+            {
+                token.clone_from(content);
+                *kind = if special.contains_key(&id) { CONTROL } else { USER_DEFINED };
+            }
+        }
+        vocabulary
+    }
+
     /// All but how text is cut and merged.
     fn vocabulary(&self, json: &Value, vocab_size: usize) -> Result<GgufVocabulary, DataError> {
         let id = |value: &Value| value.as_u64().and_then(|id| usize::try_from(id).ok());

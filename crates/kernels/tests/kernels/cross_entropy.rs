@@ -1,4 +1,4 @@
-use pronk_kernels::{FrozenLinear, cross_entropy};
+use pronk_kernels::{FrozenLinear, LossGradients, cross_entropy};
 
 use crate::reference::{Input, assert_close, devices, dot, host, slopes};
 
@@ -22,17 +22,24 @@ fn check(what: &str, rows: usize, scale: f32, cap: Option<f32>) {
     let sum: f64 = rows().map(|(h, &target)| row_loss(h, &head.values, target, cap)).sum();
     let gradient: Vec<f64> =
         rows().flat_map(|(h, &target)| slopes(|h| row_loss(h, &head.values, target, cap), h)).collect();
+    // A row's loss depends on the head as on the hidden states: of the head's numbers here, by differences.
+    let head_loss = |head: &[f64]| rows().map(|(h, &target)| row_loss(h, head, target, cap)).sum();
+    let head_gradient = slopes(head_loss, &head.values);
 
     for (name, device) in devices() {
         let what = format!("{what} on {name}");
         let (h, head) = (hidden.on(&device), FrozenLinear::new(head.on(&device), None));
-        let found = cross_entropy(&h, &head, &targets, cap, true);
+        let found = cross_entropy(&h, &head, &targets, cap, LossGradients::HiddenAndHead);
         assert_close(&what, &host(&found.sum), &[sum]);
         assert_close(&format!("{what}, gradient"), &host(&found.gradient.unwrap()), &gradient);
+        let of_head = host(&found.head_gradient.unwrap());
+        assert_close(&format!("{what}, gradient of the head"), &of_head, &head_gradient);
 
-        let without = cross_entropy(&h, &head, &targets, cap, false);
+        let of_hidden = cross_entropy(&h, &head, &targets, cap, LossGradients::Hidden);
+        assert!(of_hidden.gradient.is_some() && of_hidden.head_gradient.is_none());
+        let without = cross_entropy(&h, &head, &targets, cap, LossGradients::None);
         assert_eq!(host(&without.sum), host(&found.sum));
-        assert!(without.gradient.is_none());
+        assert!(without.gradient.is_none() && without.head_gradient.is_none());
     }
 }
 
@@ -61,7 +68,7 @@ fn no_targets_at_all() {
     for (_, device) in devices() {
         let hidden = Input::<2> { values: Vec::new(), shape: [0, HIDDEN] }.on(&device);
         let head = FrozenLinear::new(Input::random([VOCAB, HIDDEN], 2).on(&device), None);
-        let found = cross_entropy(&hidden, &head, &[], None, true);
+        let found = cross_entropy(&hidden, &head, &[], None, LossGradients::Hidden);
         assert_eq!(host(&found.sum), [0.0]);
         assert_eq!(found.gradient.unwrap().dims(), [0, HIDDEN]);
     }

@@ -7,10 +7,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{ADAPTER_CONFIG, misfit, read};
-use crate::{AllLinear, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, TargetModules};
+use crate::{Adapter, AllLinear, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, TargetModules};
 
 /// Only keys that every PEFT version since 0.6 accepts: older ones fail on keys they do not know.
-pub fn to_json(config: &LoraConfig, targets: &TargetModules, base: &str) -> String {
+pub fn to_json(adapter: &Adapter, base: &str) -> String {
+    let config = &adapter.config;
     // PEFT and Ollama know alpha as an integer; a fraction is written only where there is one.
     let alpha = if config.alpha.fract() == 0.0 { json!(config.alpha as i64) } else { json!(config.alpha) };
     let mut value = json!({
@@ -20,19 +21,22 @@ pub fn to_json(config: &LoraConfig, targets: &TargetModules, base: &str) -> Stri
         "r": config.rank,
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
-        "target_modules": targets,
+        "target_modules": adapter.target_names(),
         "use_rslora": config.rslora,
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": false,
         "init_lora_weights": true,
         "inference_mode": true,
-        "modules_to_save": null,
+        "modules_to_save": modules_to_save(adapter),
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
     });
     if let Some(loftq) = config.loftq_config {
         // PEFT reads it where init_lora_weights is "loftq" alone, and would then quantize the base anew.
         value["loftq_config"] = json!(loftq);
+    }
+    if config.ensure_weight_tying && adapter.embeddings().is_some() {
+        value["ensure_weight_tying"] = json!(true);
     }
     if config.use_dora {
         value["use_dora"] = json!(true);
@@ -44,6 +48,14 @@ pub fn to_json(config: &LoraConfig, targets: &TargetModules, base: &str) -> Stri
         value["exclude_modules"] = json!(config.exclude_modules);
     }
     format!("{value:#}\n")
+}
+
+/// Last parts of the names of what is trained whole: of two that are tied, both, for readers that know nothing of
+/// tying.
+fn modules_to_save(adapter: &Adapter) -> Option<Vec<&'static str>> {
+    let saved = [("embed_tokens", adapter.embeddings()), ("lm_head", adapter.head())];
+    let saved: Vec<_> = saved.into_iter().filter_map(|(name, weight)| weight.map(|_| name)).collect();
+    (!saved.is_empty()).then_some(saved)
 }
 
 /// What base the adapter in `dir` says it belongs to.
@@ -112,6 +124,9 @@ pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
         alpha_pattern: or_default(&path, &value, "alpha_pattern")?,
         layers_to_transform: or_default(&path, &value, "layers_to_transform")?,
         exclude_modules: or_default(&path, &value, "exclude_modules")?,
+        modules_to_save: or_default(&path, &value, "modules_to_save")?,
+        ensure_weight_tying: value["ensure_weight_tying"] == true,
+        bias: or_default(&path, &value, "bias")?,
     };
     config.validate().map_err(|e| malformed(e.to_string()))?;
     Ok(config)
@@ -134,10 +149,8 @@ fn or_default<T: Default + DeserializeOwned>(path: &Path, value: &Value, key: &s
 }
 
 /// Keys of PEFT's that change what an adapter computes and that this version does not carry.
-const UNSUPPORTED: [&str; 13] = [
-    "bias",
+const UNSUPPORTED: [&str; 11] = [
     "fan_in_fan_out",
-    "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",

@@ -33,8 +33,8 @@ struct Save {
 /// The adapter to use, with what lies beside it.
 struct AdapterFolder {
     adapter: AdapterFiles,
-    /// The prompt template and the model card, by file name.
-    beside: [(&'static str, String); 2],
+    /// The prompt template and the model card, by file name; the tokenizer, where tokens were added to it.
+    beside: Vec<(&'static str, String)>,
 }
 
 impl Save {
@@ -183,10 +183,11 @@ impl Trainer<'_> {
         let eval = self.state.eval_before.zip(eval_loss);
         let card = self.card.to_markdown(&self.adapter.config, self.state.step, eval);
         let template = self.card.template;
-        Ok(AdapterFolder {
-            adapter: adapter.files(&self.folder.adapter(), &self.card.base, false)?,
-            beside: [(template.file_name(), template.source().to_owned()), (ModelCard::FILE, card)],
-        })
+        let mut beside = vec![(template.file_name(), template.source().to_owned()), (ModelCard::FILE, card)];
+        if !self.tokenizer.added_tokens().is_empty() {
+            beside.extend(self.tokenizer.files()?);
+        }
+        Ok(AdapterFolder { adapter: adapter.files(&self.folder.adapter(), &self.card.base, false)?, beside })
     }
 
     fn save_of(&self, adapter: Option<AdapterFolder>, checkpoint: bool) -> Result<Save, TrainError> {
