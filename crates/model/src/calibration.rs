@@ -25,7 +25,12 @@ impl Calibration {
     pub fn of(base: &Base, records: &[Vec<u32>], device: &Device) -> Result<Self, ModelError> {
         let config = LoadConfig { precision: Precision::fastest(), weights: Residency::Streamed };
         let decoder = Decoder::load(base, device, config, |_, _| ())?;
-        let batches = batches(records).map(|records| batch(&decoder, records)).collect();
+        // Tokens that were added have no embedding of the base's own.
+        let known = |record: &Vec<u32>| {
+            record.iter().copied().filter(|&id| (id as usize) < base.config.vocab_size).collect()
+        };
+        let records: Vec<Vec<u32>> = records.iter().map(known).collect();
+        let batches = batches(&records).map(|records| batch(&decoder, records)).collect();
         Ok(Self { decoder, batches, layer: 0, inputs: Vec::new() })
     }
 
@@ -82,5 +87,5 @@ fn batch(decoder: &Decoder, records: &[Vec<u32>]) -> (Tensor<2>, Layout) {
     });
     let documents: Vec<_> = ends.zip(records).map(|(end, record)| end - record.len()..end).collect();
     let positions: Vec<u32> = records.iter().flat_map(|record| 0..record.len() as u32).collect();
-    (decoder.embed(&records.concat()), decoder.layout(&positions, &documents))
+    (decoder.embed(&records.concat(), None), decoder.layout(&positions, &documents))
 }
