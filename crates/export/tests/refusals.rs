@@ -195,7 +195,7 @@ fn tokens_to_verify_with_must_be_the_models() {
     };
     assert!(with(&[]).contains("expected at least one token"));
     assert!(with(&[1, 264]).contains("expected ids below the vocabulary's size, 264, found 264"));
-    assert!(verify(&base, &adapter, &base.path, &PROMPT, &device()).is_err());
+    assert!(verify(&base, &adapter, &base.config, &base.path, &PROMPT, &device()).is_err());
 }
 
 #[test]
