@@ -58,6 +58,8 @@ def load_model(a: argparse.Namespace):
             lora_dropout=0.0,
             bias="none",
             target_modules=a.target_modules.split(","),
+            modules_to_save=a.modules_to_save.split(",") if a.modules_to_save else None,
+            ensure_weight_tying=bool(a.modules_to_save),
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, config)
@@ -105,6 +107,7 @@ def main() -> None:
     p.add_argument("--rank", type=int, default=8)
     p.add_argument("--alpha", type=float, default=16)
     p.add_argument("--target-modules", default="q_proj,v_proj")
+    p.add_argument("--modules-to-save", default="", help="trained whole, tied where the base ties them")
     p.add_argument("--seed", type=int, default=0, help="of the new adapter")
     p.add_argument("--init-adapter", metavar="DIR", help="start from this adapter")
     p.add_argument("--save-init", metavar="DIR", help="write the adapter as it is before the first step")

@@ -80,10 +80,9 @@ impl<'a> Update<'a> {
     pub fn apply(&self, name: &str) -> Result<HostTensor<'a>, ExportError> {
         let dtype = self.dtype(name)?;
         if let Some(tensor) = self.trained_whole(name) {
-            let shape = if name.strip_suffix(".bias").is_some() {
-                vec![tensor.dims()[1]]
-            } else {
-                tensor.dims().to_vec()
+            let shape = match tensor.dims() {
+                [1, columns] if name != HEAD && name != EMBEDDINGS => vec![columns],
+                matrix => matrix.to_vec(),
             };
             return rounded(name, &values(tensor)?, shape, dtype);
         }

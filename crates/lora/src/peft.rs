@@ -5,15 +5,18 @@ mod config_file;
 
 pub use config_file::{base_of, quantized_bits_of};
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 
 use atomic_write_file::AtomicWriteFile;
 use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use safetensors::tensor::{TensorView, View};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
 
 use crate::{
     Adapter, EMBED_TOKENS, LM_HEAD, LoraConfig, LoraError, LoraPair, ModuleShape, TargetModules, TensorKind,
@@ -74,7 +77,7 @@ impl AdapterFiles {
         write(&dir.join(ADAPTER_CONFIG), self.config.as_bytes())?;
         let path = dir.join(ADAPTER_WEIGHTS);
         write(&path, &self.weights)?;
-        if read(&path)? != self.weights {
+        if !reads_back(&path, &self.weights)? {
             let problem = "the file reads back different from what was written".into();
             return Err(LoraError::NotSaved { path, problem });
         }
@@ -140,7 +143,7 @@ impl Adapter {
         let bytes = read(&path)?;
         let file = parse(&path, &bytes)?;
         let Expected { config, adapted, whole, ties } = expect(config, &file)?;
-        let mut tensors = FileTensors::read(&file, device);
+        let mut tensors = FileTensors::of(&file, device);
         let mut pairs = BTreeMap::new();
         for module in &adapted {
             let rank = config.rank_of(&module.name);
@@ -254,22 +257,21 @@ impl Expected {
 
 /// The tensors of a file by their keys, and what is wrong with them.
 struct FileTensors<'a> {
-    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    tensors: HashMap<String, TensorView<'a>>,
     problems: Vec<String>,
     device: &'a Device,
 }
 
 impl<'a> FileTensors<'a> {
-    fn read(file: &SafeTensors, device: &'a Device) -> Self {
+    fn of(file: &SafeTensors<'a>, device: &'a Device) -> Self {
         let (mut tensors, mut problems) = (HashMap::new(), Vec::new());
         for (key, view) in file.tensors() {
-            if SAVED_TWICE.iter().any(|end| key.ends_with(end)) {
-                continue;
-            }
-            match to_f32(&view) {
-                Some(values) => drop(tensors.insert(key, (view.shape().to_vec(), values))),
-                None => problems
-                    .push(format!("{key}: expected float32, float16 or bfloat16, found {:?}", view.dtype())),
+            match view.dtype() {
+                _ if SAVED_TWICE.iter().any(|end| key.ends_with(end)) => {}
+                Dtype::F32 | Dtype::F16 | Dtype::BF16 => drop(tensors.insert(key, view)),
+                other => {
+                    problems.push(format!("{key}: expected float32, float16 or bfloat16, found {other:?}"));
+                }
             }
         }
         Self { tensors, problems, device }
@@ -278,11 +280,12 @@ impl<'a> FileTensors<'a> {
     /// A tensor that must be there in this shape. A whole weight may have more rows: tokens were added to it.
     fn take(&mut self, name: &TensorName, is_adapted: bool, shape: [usize; 2]) -> Option<Tensor<2>> {
         let key = key(name, is_adapted);
-        let Some((found, values)) = self.tensors.remove(&key) else {
+        let Some(view) = self.tensors.remove(&key) else {
             self.problems.push(format!("{key}: missing"));
             return None;
         };
-        let shape = match found[..] {
+        let found = view.shape();
+        let shape = match *found {
             [rows, _] if name.kind == TensorKind::Weight => [rows.max(shape[0]), shape[1]],
             _ => shape,
         };
@@ -291,7 +294,7 @@ impl<'a> FileTensors<'a> {
             self.problems.push(format!("{key}: expected shape {expected:?}, found {found:?}"));
             return None;
         }
-        Some(Tensor::from_data(TensorData::new(values, shape), self.device))
+        Some(Tensor::from_data(TensorData::new(to_f32(&view), shape), self.device))
     }
 
     /// The head, where it is the embeddings again.
@@ -299,7 +302,7 @@ impl<'a> FileTensors<'a> {
         let key = |module| key(&TensorName::new(module, TensorKind::Weight), false);
         let (embeddings, head) = (key(EMBED_TOKENS), key(LM_HEAD));
         match (self.tensors.remove(&head), self.tensors.get(&embeddings)) {
-            (Some(twin), Some(weight)) if twin != *weight => self.problems.push(format!(
+            (Some(twin), Some(weight)) if twin.data() != weight.data() => self.problems.push(format!(
                 "{head}: expected the numbers of {embeddings}, which it is tied to, found others"
             )),
             (Some(twin), None) => drop(self.tensors.insert(embeddings, twin)),
@@ -320,13 +323,29 @@ impl<'a> FileTensors<'a> {
 /// head.
 pub fn vocab_size_of(dir: &Path) -> Result<Option<usize>, LoraError> {
     let path = dir.join(ADAPTER_WEIGHTS);
-    let bytes = read(&path)?;
-    let file = parse(&path, &bytes)?;
+    let header = header(&path)?;
     let rows = |module| {
         let key = key(&TensorName::new(module, TensorKind::Weight), false);
-        file.tensor(&key).ok()?.shape().first().copied()
+        header[key]["shape"][0].as_u64().map(|rows| rows as usize)
     };
     Ok(rows(LM_HEAD).or_else(|| rows(EMBED_TOKENS)))
+}
+
+/// What stands in front of a safetensors file's numbers, which may be many.
+fn header(path: &Path) -> Result<Value, LoraError> {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let mut length = [0; 8];
+        file.read_exact(&mut length)?;
+        let mut header = Vec::new();
+        file.take(u64::from_le_bytes(length)).read_to_end(&mut header)?;
+        Ok(header)
+    };
+    let header = read().map_err(|source| LoraError::Io { path: path.into(), source })?;
+    serde_json::from_slice(&header).map_err(|e| LoraError::Malformed {
+        path: path.into(),
+        problem: format!("not a whole safetensors file ({e})"),
+    })
 }
 
 fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>, LoraError> {
@@ -354,30 +373,64 @@ fn serialize(
     tensors: &[HostTensor],
     is_adapted: impl Fn(&TensorName) -> bool,
 ) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-    let bytes: Vec<Vec<u8>> =
-        tensors.iter().map(|(_, _, v)| v.iter().flat_map(|x| x.to_le_bytes()).collect()).collect();
-    let views = tensors
-        .iter()
-        .zip(&bytes)
-        .map(|((name, shape, _), data)| {
-            let view = TensorView::new(Dtype::F32, file_shape(name.kind, *shape), data)?;
-            Ok((key(name, is_adapted(name)), view))
-        })
-        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    let views = tensors.iter().map(|(name, shape, values)| {
+        (key(name, is_adapted(name)), FileView { shape: file_shape(name.kind, *shape), values })
+    });
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize(views, Some(metadata))
 }
 
-fn to_f32(view: &TensorView) -> Option<Vec<f32>> {
-    let halves = || view.data().chunks_exact(2).map(|b| [b[0], b[1]]);
-    match view.dtype() {
-        Dtype::F32 => {
-            Some(view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-        }
-        Dtype::F16 => Some(halves().map(|b| f16::from_le_bytes(b).to_f32()).collect()),
-        Dtype::BF16 => Some(halves().map(|b| bf16::from_le_bytes(b).to_f32()).collect()),
-        _ => None,
+/// A tensor on its way into a file, whose bytes are made when they are written: one at a time.
+struct FileView<'a> {
+    shape: Vec<usize>,
+    values: &'a [f32],
+}
+
+impl View for FileView<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
     }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
+/// The numbers of a tensor of floats.
+fn to_f32(view: &TensorView) -> Vec<f32> {
+    let halves = || view.data().as_chunks::<2>().0.iter();
+    match view.dtype() {
+        Dtype::F16 => halves().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => halves().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        _ => view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+    }
+}
+
+/// Whether the file holds just these bytes.
+fn reads_back(path: &Path, bytes: &[u8]) -> Result<bool, LoraError> {
+    let compare = || -> std::io::Result<bool> {
+        let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
+        let mut rest = bytes;
+        loop {
+            let found = file.fill_buf()?;
+            if found.is_empty() {
+                return Ok(rest.is_empty());
+            }
+            let Some(behind) = rest.strip_prefix(found) else { return Ok(false) };
+            rest = behind;
+            let length = found.len();
+            file.consume(length);
+        }
+    };
+    compare().map_err(|source| LoraError::Io { path: path.into(), source })
 }
 
 fn misfit(dir: &Path, problems: Vec<String>) -> LoraError {

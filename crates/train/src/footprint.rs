@@ -24,8 +24,6 @@ const CONTEXT: u64 = 500 << 20;
 /// exponentials and weights; and the gradients that its backward pass holds beside them.
 const SCORES_KEPT: u64 = 2;
 const SCORES_BACKWARD: u64 = 3;
-/// Copies of a tensor that a step of the optimizer makes on its way.
-const STEP_COPIES: u64 = 3;
 
 /// What a micro-batch brings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +63,9 @@ pub struct Footprint {
     pub block_graph: u64,
     /// A chunk of logits, the head that makes them, and its gradient by them.
     pub logits: u64,
-    /// What a step of the optimizer computes in, of the largest tensor that is trained whole.
+    /// A save that is being written while the next step computes, of what is trained whole; the rest hardly counts.
+    pub save: u64,
+    /// What a step of the optimizer computes in, or what a save is put together in.
     pub step: u64,
     /// The matrix that is dense for its product, on a card.
     pub dense: u64,
@@ -77,11 +77,11 @@ impl Footprint {
     /// At the worst moment: blocks and logits never need their memory at once.
     pub fn peak(&self) -> u64 {
         let run = self.adapter + self.optimizer + self.saved_inputs + self.kept_graphs;
-        let always = run + self.dense + self.program;
+        let always = run + self.save + self.dense + self.program;
         let in_a_block = self.weights + self.block_graph;
-        let at_the_end = self.logits + if self.streamed { 0 } else { self.weights };
-        let in_the_optimizer = self.step + if self.streamed { 0 } else { self.weights };
-        always + in_a_block.max(at_the_end).max(in_the_optimizer)
+        // What the graphs have left free is hardly ever there in one piece for what comes behind them.
+        let behind = self.logits.max(self.step) + if self.streamed { 0 } else { self.weights };
+        always + in_a_block.max(behind)
     }
 }
 
@@ -101,10 +101,15 @@ pub struct Shapes {
     /// Numbers in the embeddings, and in the head, where they are trained whole.
     embedding_numbers: u64,
     head_numbers: u64,
+    /// Numbers of all that is trained whole; and in a file, which has what is tied twice.
+    whole_numbers: u64,
+    whole_in_file: u64,
     /// Bytes that a number of a saved block input takes.
     saved_bytes: u64,
     /// Bytes that the optimizer remembers of a number.
     state_bytes: u64,
+    /// Copies of a tensor that a step of it makes on its way.
+    step_copies: u64,
 }
 
 impl Shapes {
@@ -136,17 +141,21 @@ impl Shapes {
             keeps_start: lora.init_lora_weights.keeps_start(),
             adapter_numbers: (numbers.sum::<usize>() + whole_numbers) as u64,
             embedding_numbers,
+            whole_numbers: whole_numbers as u64,
+            whole_in_file: whole_numbers as u64 + if is_tied { embedding_numbers } else { 0 },
             head_numbers: if is_tied { embedding_numbers } else { head_numbers },
             adapted: targets.iter().map(|m| short(&m.name)).collect(),
             saved_bytes: FLOAT,
             state_bytes: OptimizerKind::default().state_bytes(),
+            step_copies: OptimizerKind::default().step_copies(),
         })
     }
 
     /// The same with another optimizer.
     #[must_use]
     pub fn stepping(self, optimizer: OptimizerKind) -> Self {
-        Self { state_bytes: optimizer.state_bytes(), ..self }
+        let (state_bytes, step_copies) = (optimizer.state_bytes(), optimizer.step_copies());
+        Self { state_bytes, step_copies, ..self }
     }
 
     /// The same where the inputs of blocks that run again are kept in another way.
@@ -165,6 +174,8 @@ impl Shapes {
         let layers = self.model.num_hidden_layers;
         let kept = kept.min(layers);
         let numbers = self.adapter_numbers * FLOAT;
+        let (adapter_file, states_file) = (self.whole_in_file * FLOAT, self.whole_numbers * self.state_bytes);
+        let largest = self.embedding_numbers.max(self.head_numbers) * FLOAT;
         let tokens = work.tokens as u64;
         let input = tokens * self.model.hidden_size as u64 * self.saved_bytes;
         Footprint {
@@ -176,7 +187,9 @@ impl Shapes {
             kept_graphs: kept as u64 * self.graph(work),
             block_graph: self.graph(work) + self.backward(work),
             logits: self.logits(work),
-            step: STEP_COPIES * self.embedding_numbers.max(self.head_numbers) * FLOAT,
+            // The adapter to use and the checkpoint's.
+            save: 2 * adapter_file + states_file,
+            step: (self.step_copies * largest).max(adapter_file + states_file),
             dense: self.weights.dense,
             program: if self.on_card() { CONTEXT } else { PROGRAM },
         }

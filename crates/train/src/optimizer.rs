@@ -31,6 +31,11 @@ impl OptimizerKind {
             Self::Lion | Self::Muon => 4,
         }
     }
+
+    /// Copies of a tensor that its step makes on the way: of moments in 8 bits, what they stand for too.
+    pub(crate) fn step_copies(self) -> u64 {
+        if self == Self::AdamW8bit { 7 } else { 3 }
+    }
 }
 
 /// What an optimizer remembers of one tensor.

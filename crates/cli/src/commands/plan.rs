@@ -142,6 +142,7 @@ impl Outlook {
             kept_graphs,
             block_graph,
             logits,
+            save,
             step,
             dense,
             program,
@@ -156,7 +157,8 @@ impl Outlook {
             ("or: logits", logits),
             ("the program", program),
         ];
-        let of_whole = (step > 0).then_some(("or: the optimizer's step", step));
+        let of_whole = [("or: the optimizer's step", step), ("a save being written", save)];
+        let of_whole = of_whole.into_iter().filter(|(_, bytes)| *bytes > 0);
         let on_card = (dense > 0).then_some(("one dense matrix", dense));
         let mut text = format!(
             "the largest micro-batch: {} tokens, {} learned; {} blocks keep their graphs\n\n",
