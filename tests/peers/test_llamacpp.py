@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from helpers import GOLDEN, load, pronk, save_random_adapter
@@ -23,7 +24,7 @@ from runtimes import (
     with_float16_weights,
     with_table_gelu,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import CHANGES
 from transformers import AutoTokenizer
 
@@ -143,6 +144,29 @@ def test_merged_tiny_llama(name, tmp_path):
     merge_gguf(base, adapter, tmp_path / "out", "f32")
     found = LlamaCpp(tmp_path / "out" / "model.gguf").after(ids, expected.shape[1])
     assert largest_difference(f"tiny-{name}, merged f32", found, expected) < 1e-3
+
+
+@pytest.mark.parametrize("settings", [
+    {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"bias": "all"},
+])  # fmt: skip
+def test_merged_with_what_is_trained_whole(settings, tmp_path):
+    """As one, the file stays tied; as copies that have parted, the head has a tensor of its own."""
+    base, ids = GOLDEN / "tiny-bias", token_ids("bias")
+    adapter = save_random_adapter(base, tmp_path / "adapter", ["q_proj"], std=0.1, **settings)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for seed, (name, tensor) in enumerate(sorted(tensors.items())):
+        if "lora_" not in name:
+            torch.manual_seed(0 if "ensure_weight_tying" in settings else seed)
+            tensor += 0.1 * torch.randn_like(tensor)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    expected = expected_after(load(base, adapter), ids)
+    merge_gguf(base, adapter, tmp_path / "out", "f32")
+    names = {tensor.name for tensor in GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert ("output.weight" in names) == (settings.keys() == {"modules_to_save"})
+    found = LlamaCpp(tmp_path / "out" / "model.gguf").after(ids, expected.shape[1])
+    assert largest_difference(f"tiny-bias, merged with {settings}", found, expected) < 1e-3
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from helpers import GOLDEN, load, pronk
+from helpers import GOLDEN, load, pronk, save_random_adapter
 from runtimes import family_base, largest_difference, runtime
 from test_families import CHANGES
 from tokenizers import Tokenizer
@@ -73,3 +73,14 @@ def test_smollm2(smollm2_hf, smollm2_adapter, smollm2_merged, tmp_path):
     pronk("export", "--base", smollm2_hf, "--adapter", smollm2_adapter, "--to", "mistralrs", "--out", tmp_path / "out")
     check("SmolLM2, mistral.rs adapter", smollm2_hf, tmp_path / "out", text, model, tmp_path)
     check("SmolLM2, mistral.rs merged", smollm2_merged, None, text, model, tmp_path)
+
+
+@pytest.mark.parametrize("base, settings", [("gqa", {"modules_to_save": ["lm_head"]}), ("bias", {"bias": "all"})])
+def test_it_refuses_what_is_trained_whole(base, settings, tmp_path):
+    """As pronk refuses to export it."""
+    base = GOLDEN / f"tiny-{base}"
+    adapter = save_random_adapter(base, tmp_path / "adapter", ["q_proj"], std=0.1, **settings)
+    with pytest.raises(Exception, match="modules_to_save|bias"):
+        top_after(base, adapter, "Hello 12", tmp_path)
+    with pytest.raises(AssertionError, match="trained whole"):
+        pronk("export", "--base", base, "--adapter", adapter, "--to", "mistralrs", "--out", tmp_path / "out")

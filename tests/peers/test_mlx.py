@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import GOLDEN, load, pronk
 from runtimes import expected_after, family_base, largest_difference, lengths, runtime
+from safetensors.torch import load_file, save_file
 from test_families import CHANGES
 from test_llamacpp import TEXT, token_ids
 from transformers import AutoTokenizer
@@ -59,3 +60,14 @@ def test_adapter_and_merged_model_of_smollm2(smollm2_hf, smollm2_adapter, smollm
     assert largest_difference("SmolLM2, MLX adapter", found, expected) < 1e-3
     found = mlx_after(smollm2_merged, None, ids)
     assert largest_difference("SmolLM2, MLX merged", found, expected) < 1e-3
+
+
+def test_it_refuses_what_is_trained_whole(tmp_path):
+    """As pronk refuses to export it: nothing but the pairs' own tensors may lie in its file."""
+    base = GOLDEN / "tiny-gqa"
+    pronk("export", "--base", base, "--adapter", GOLDEN / "adapter-gqa", "--to", "mlx", "--out", tmp_path / "out")
+    file = tmp_path / "out" / "adapters.safetensors"
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    save_file(load_file(file) | {"lm_head.weight": head}, file)
+    with pytest.raises(ValueError, match="lm_head.weight: not an adapter parameter"):
+        mlx_after(base, tmp_path / "out", token_ids("gqa"))

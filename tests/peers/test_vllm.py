@@ -91,3 +91,17 @@ def test_it_refuses_what_pronk_refuses_to_export(tmp_path):
         helper.validate_legal(LoRAConfig())
     with pytest.raises(AssertionError, match="vllm knows no DoRA"):
         export(GOLDEN / "tiny-bias", GOLDEN / "adapter-dora", tmp_path / "out")
+
+
+@pytest.mark.parametrize("base, settings, words, ours", [
+    ("tied", {"modules_to_save": ["embed_tokens"]}, "modules_to_save", "lora.modules_to_save"),
+    ("bias", {"bias": "all"}, "bias", "lora.bias"),
+])  # fmt: skip
+def test_it_refuses_what_is_trained_whole(base, settings, words, ours, tmp_path):
+    base = GOLDEN / f"tiny-{base}"
+    adapter = save_random_adapter(base, tmp_path / "adapter", ["q_proj"], std=0.1, **settings)
+    helper = peft_helper().from_local_dir(str(adapter), max_position_embeddings=None)
+    with pytest.raises(ValueError, match=words):
+        helper.validate_legal(LoRAConfig())
+    with pytest.raises(AssertionError, match=ours):
+        export(base, adapter, tmp_path / "out")

@@ -18,6 +18,7 @@ from helpers import (
     save_random_adapter,
 )
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from runtimes import LlamaCpp, largest_difference, lengths
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -140,6 +141,14 @@ def test_added_tokens_travel_with_adapter_and_merged_model(base, rows, tmp_path)
     assert json.loads((merged / "config.json").read_text())["vocab_size"] == rows
     assert AutoTokenizer.from_pretrained(merged)(text)["input_ids"] == ids
     assert_same(logits_of(load(merged), found.token_ids), expected)
+
+    pytest.importorskip("xllamacpp")
+    pronk("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "gguf", "--format", "gguf", "--gguf-type", "f32")
+    llama = LlamaCpp(tmp_path / "gguf" / "model.gguf")
+    assert llama.token_count(text) == len(ids)
+    after = llama.after(ids, rows)
+    wanted = torch.stack([expected[n - 1] for n in lengths(ids)]).log_softmax(-1)
+    assert largest_difference(f"{base.name} with new tokens, merged GGUF", after, wanted) < 1e-3
 
 
 @pytest.mark.parametrize("saved", [BOTH, None])

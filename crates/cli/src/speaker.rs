@@ -52,15 +52,15 @@ impl Voices {
                 ));
             }
             let template = base::template(args.template.as_deref(), dir.as_deref(), &opened.tokenizer)?;
-            let vocab_size = match &dir {
-                Some(dir) => vocab_size_of(dir).into_diagnostic()?,
-                None => None,
-            };
-            let vocab_size = vocab_size.unwrap_or(opened.base.config.vocab_size);
-            voices.push(Voice { name, template, dir, vocab_size });
+            voices.push(Voice { name, template, dir, vocab_size: opened.base.config.vocab_size });
         }
         let mut dirs = voices.iter().filter_map(|voice| voice.dir.as_deref());
         let opened = dirs.try_fold(opened, OpenedBase::of_adapter)?;
+        for Voice { dir, vocab_size, .. } in &mut voices {
+            if let Some(own) = dir.as_ref().and_then(|dir| vocab_size_of(dir).transpose()) {
+                *vocab_size = own.into_diagnostic()?;
+            }
+        }
         Ok(Self { opened, all: voices, verbose: args.verbose_prompt })
     }
 

@@ -163,7 +163,7 @@ pub fn check_fit(base: &Base, adapter: &Adapter) -> Result<(), ExportError> {
     };
     let problem = |(name, pair): (&String, &LoraPair)| {
         let rank = pair.rank();
-        let Some(module) = modules.get(name.as_str()) else {
+        let Some(module) = modules.get(name.as_str()).filter(|module| !module.is_vocabulary()) else {
             return Some(format!("{name}: the base's blocks have no such linear layer"));
         };
         let expected = ([rank, module.in_features], [module.out_features, rank]);

@@ -334,11 +334,11 @@ pub fn vocab_size_of(dir: &Path) -> Result<Option<usize>, LoraError> {
 /// What stands in front of a safetensors file's numbers, which may be many.
 fn header(path: &Path) -> Result<Value, LoraError> {
     let read = || -> std::io::Result<Vec<u8>> {
-        let mut file = File::open(path)?;
-        let mut length = [0; 8];
-        file.read_exact(&mut length)?;
-        let mut header = Vec::new();
-        file.take(u64::from_le_bytes(length)).read_to_end(&mut header)?;
+        let file = File::open(path)?;
+        let (mut length, mut header) = (Vec::new(), Vec::new());
+        (&file).take(8).read_to_end(&mut length)?;
+        let length = length.as_slice().try_into().map_or(0, u64::from_le_bytes);
+        file.take(length).read_to_end(&mut header)?;
         Ok(header)
     };
     let header = read().map_err(|source| LoraError::Io { path: path.into(), source })?;
