@@ -153,13 +153,9 @@ fn a_real_data_set_trains() {
 #[test]
 fn recompute_changes_memory_and_nothing_else() {
     for device in devices() {
-        let shop = Workshop::new();
-        for (run, recompute) in [("blocks", "train.recompute=blocks"), ("none", "train.recompute=none")] {
-            shop.train(run, device, &[recompute, "lora.dropout=0.1", "lora.target_modules=all-linear"])
-                .succeeds();
-        }
-        assert_eq!(shop.timeless_metrics("blocks"), shop.timeless_metrics("none"));
-        assert_eq!(shop.adapter("blocks"), shop.adapter("none"));
+        let ways: [(&str, &[&str]); 2] =
+            [("blocks", &["train.recompute=blocks"]), ("none", &["train.recompute=none"])];
+        Workshop::new().trains_alike(device, &ways, &["lora.dropout=0.1", "lora.target_modules=all-linear"]);
     }
 }
 
@@ -174,11 +170,7 @@ fn budgets_and_streaming_change_memory_and_nothing_else() {
             ("all", &["base.quantize=nf4", "train.recompute=auto", "train.memory_budget=4GB"]),
             ("none", &["base.quantize=nf4", "train.recompute=auto", "train.memory_budget=74MiB"]),
         ];
-        for (run, set) in ways {
-            shop.train(run, device, set).succeeds();
-            assert_eq!(shop.timeless_metrics(run), shop.timeless_metrics("resident"), "{run} on {device}");
-            assert_eq!(shop.adapter(run), shop.adapter("resident"), "{run} on {device}");
-        }
+        shop.trains_alike(device, &ways, &[]);
     }
 }
 

@@ -84,12 +84,7 @@ fn memory_changes_and_nothing_else() {
             ("blocks", &["base.quantize=nf4", "train.recompute=blocks"]),
             ("none", &["base.quantize=nf4", "train.recompute=none"]),
         ];
-        for (run, set) in ways {
-            let set: Vec<&str> = set.iter().copied().chain([BOTH, TOKENS]).collect();
-            shop.train(run, device, &set).succeeds();
-            assert_eq!(shop.timeless_metrics(run), shop.timeless_metrics("resident"), "{run} on {device}");
-            assert!(shop.adapter(run) == shop.adapter("resident"), "{run} on {device}");
-        }
+        shop.trains_alike(device, &ways, &[BOTH, TOKENS]);
         let (rows, shape) = tensor(&shop.adapter("resident"), HEAD);
         assert!(shape == [266, 32] && rows.iter().all(|x| x.is_finite()));
     }

@@ -38,15 +38,19 @@ dir = {run}
 """
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
-    """The adapter of a short run of `pronk train` on tiny-gqa."""
-    folder = tmp_path_factory.mktemp("train")
-    paths = {"base": GOLDEN / "tiny-gqa", "data": ROOT / "datasets" / "pronk.json", "run": folder / "run"}
+def train(folder: Path, base: Path, *settings: str) -> Path:
+    """The folder of a short run of `pronk train`, with changes to the recipe such as "train.max_steps=4"."""
+    paths = {"base": base, "data": ROOT / "datasets" / "pronk.json", "run": folder / "run"}
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
-    pronk("train", recipe)
-    return folder / "run" / "adapter"
+    pronk("train", recipe, *(part for setting in settings for part in ("--set", setting)))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The adapter of a short run on tiny-gqa."""
+    return train(tmp_path_factory.mktemp("train"), GOLDEN / "tiny-gqa") / "adapter"
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 import json
 
 import pytest
-from conftest import RECIPE
+from conftest import train
 from helpers import (
     GOLDEN,
-    ROOT,
     TEXT,
     assert_different,
     assert_same,
@@ -75,11 +74,8 @@ def test_combined_as_peft_combines(method, other, tmp_path):
 
 
 def test_dora_trained_here_loads_in_peft(tmp_path):
-    base, run = GOLDEN / "tiny-bias", tmp_path / "run"
-    recipe = tmp_path / "recipe.toml"
-    paths = {"base": base, "data": ROOT / "datasets" / "pronk.json", "run": run}
-    recipe.write_text(RECIPE.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
-    pronk("train", recipe, "--set", "lora.use_dora=true", "--set", "train.max_steps=4", "--set", "base.compute=f32")
+    base = GOLDEN / "tiny-bias"
+    run = train(tmp_path, base, "lora.use_dora=true", "train.max_steps=4", "base.compute=f32")
     found = pronk_logits(tmp_path / "logits.safetensors", base, run / "adapter")
     assert_same(found.logits, logits_of(load(base, run / "adapter"), found.token_ids))
     saved = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -117,12 +113,9 @@ def test_modules_by_regular_expressions(settings, tmp_path):
 
 
 def test_a_run_chooses_by_an_expression_as_peft_does(tmp_path):
-    base, run, recipe = GOLDEN / "tiny-gqa", tmp_path / "run", tmp_path / "recipe.toml"
-    paths = {"base": base, "data": ROOT / "datasets" / "pronk.json", "run": run}
+    base = GOLDEN / "tiny-gqa"
     pattern = r"model\.layers\.1\.(self_attn\.o|mlp\.gate)_proj"
-    text = RECIPE.format(**{key: json.dumps(str(path)) for key, path in paths.items()})
-    recipe.write_text(text.replace('"all-linear"', f"'{pattern}'"))
-    pronk("train", recipe, "--set", "train.max_steps=2")
+    run = train(tmp_path, base, f"lora.target_modules='{pattern}'", "train.max_steps=2")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == pattern
     expected = get_peft_model_state_dict(load(base, run / "adapter"))

@@ -3,22 +3,13 @@ import json
 
 import pytest
 import torch
-from conftest import RECIPE
-from helpers import GOLDEN, ROOT, assert_same, load, logits_of, pronk, pronk_logits
+from conftest import train
+from helpers import GOLDEN, assert_same, load, logits_of, pronk, pronk_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 PREFIX = "base_model.model."
-
-
-def train(folder, base, *settings):
-    paths = {"base": base, "data": ROOT / "datasets" / "pronk.json", "run": folder / "run"}
-    recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
-    changes = [argument for setting in settings for argument in ("--set", setting)]
-    pronk("train", recipe, *changes)
-    return folder / "run"
 
 
 def test_pissa_starts_as_pefts_and_loads_over_the_base_as_it_is(tmp_path):

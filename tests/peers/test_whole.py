@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPE
+from conftest import train
 from helpers import (
     GOLDEN,
-    ROOT,
     TEXT,
     assert_different,
     assert_same,
@@ -23,16 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 BOTH = ["embed_tokens", "lm_head"]
+SHORT = ("train.max_steps=4", "base.compute=f32")
 ADDED = [f"<|hum-{n}|>" for n in range(6)]  # the tiny bases have four rows to spare, so that two are new
-
-
-def train(base: Path, folder: Path, *settings: str) -> Path:
-    paths = {"base": base, "data": ROOT / "datasets" / "pronk.json", "run": folder / "run"}
-    recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
-    changes = [part for setting in ("train.max_steps=4", "base.compute=f32", *settings) for part in ("--set", setting)]
-    pronk("train", recipe, *changes)
-    return folder / "run"
 
 
 def log_probs_agree(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -95,7 +86,7 @@ def test_pronk_loads_merges_and_passes_on_what_peft_saved(base, settings, tmp_pa
 ])  # fmt: skip
 def test_peft_loads_what_pronk_trained(base, settings, tmp_path):
     base = GOLDEN / f"tiny-{base}"
-    adapter = train(base, tmp_path, *settings) / "adapter"
+    adapter = train(tmp_path, base, *SHORT, *settings) / "adapter"
     found = pronk_logits(tmp_path / "logits.safetensors", base, adapter)
     model = load(base, adapter)
     log_probs_agree(found.logits, logits_of(model, found.token_ids))
@@ -114,7 +105,7 @@ def test_peft_loads_what_pronk_trained(base, settings, tmp_path):
 def test_added_tokens_travel_with_adapter_and_merged_model(base, rows, tmp_path):
     base = GOLDEN / ("tiny-bias" if base == "qwen2-like" else f"tiny-{base}")
     text = f"{TEXT}{ADDED[0]}{ADDED[5]} hm"
-    run = train(base, tmp_path, f"tokens.add={json.dumps(ADDED)}")
+    run = train(tmp_path, base, *SHORT, f"tokens.add={json.dumps(ADDED)}")
     adapter = run / "adapter"
 
     # As the card says it: the tokenizer of the adapter, the base resized, then PEFT.
@@ -171,7 +162,7 @@ def test_an_adapter_that_peft_saved_over_a_resized_base(saved, tmp_path):
 
 def test_new_rows_start_as_the_mean_of_the_old_ones(tmp_path):
     base = GOLDEN / "tiny-gqa"
-    run = train(base, tmp_path, f"tokens.add={json.dumps(ADDED)}", "train.save_steps=4", "train.keep_last=9")
+    run = train(tmp_path, base, *SHORT, f"tokens.add={json.dumps(ADDED)}", "train.save_steps=4", "train.keep_last=9")
     start = load_file(run / "checkpoints" / "step-000000" / "adapter_model.safetensors")
     plain = load_file(base / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -190,6 +190,17 @@ impl Workshop {
         self.bytes(&format!("{run}/adapter/adapter_model.safetensors"))
     }
 
+    /// Trains once for each of `ways`, a run and its settings, beside `also`: the first run's losses and adapter are all
+    /// the others'.
+    pub fn trains_alike(&self, device: &str, ways: &[(&str, &[&str])], also: &[&str]) {
+        let (first, _) = ways[0];
+        for (run, set) in ways {
+            self.train(run, device, &[set, also].concat()).succeeds();
+            assert_eq!(self.timeless_metrics(run), self.timeless_metrics(first), "{run} on {device}");
+            assert!(self.adapter(run) == self.adapter(first), "{run} on {device}");
+        }
+    }
+
     /// Every file and folder, hidden ones too, with its bytes.
     pub fn snapshot(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut found = BTreeMap::new();

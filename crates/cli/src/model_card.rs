@@ -17,6 +17,9 @@ const QUESTION: &str = "Why do alpacas hum?";
 /// The answer's length in the commands.
 const MAX_TOKENS: usize = 64;
 
+/// What stands for a base that cannot be named.
+const UNKNOWN: &str = "BASE";
+
 /// An adapter and its base, of which something is written that wants a card.
 pub struct Making<'a> {
     opened: &'a OpenedBase,
@@ -127,27 +130,16 @@ impl<'a> Making<'a> {
 
     fn opening(&self, library: &str, relation: &str, what: &str, sections: &[String]) -> String {
         let base = &self.base;
-        // The hub refuses a base that it does not know.
-        let base_model = if self.is_hub_id() {
-            format!("base_model: {base}\nbase_model_relation: {relation}\n")
-        } else {
-            String::new()
-        };
         let kind = self.kind().to_lowercase();
         let tags = if kind.contains("dora") { format!("{kind}, lora") } else { kind };
-        let title = Path::new(base).file_name().unwrap_or_default().to_string_lossy();
-        let names = self.names();
         format!(
-            "---\n{base_model}library_name: {library}\npipeline_tag: text-generation\ntags: [{tags}, pronk]\n---\n\n\
-             # {title}, tuned\n\nA {what} for `{base}`.{explained}\n\n\
+            "{heading}A {what} for `{base}`.{explained}\n\n\
              ## Use\n\nThe commands are for this folder.{names}\n\n{sections}",
+            heading = heading(base, library, relation, &tags),
             explained = self.explained(),
+            names = self.names(),
             sections = sections.concat(),
         )
-    }
-
-    fn is_hub_id(&self) -> bool {
-        !Path::new(&self.base).is_absolute()
     }
 
     /// As papers call it.
@@ -178,10 +170,7 @@ impl<'a> Making<'a> {
 
     /// How the base is quantized that the adapter started from (`LoftQ`, `QERA`), and how transformers is told.
     fn quantized(&self) -> Option<(&'static str, &'static str)> {
-        self.adapter.config.loftq_config.map(|loftq| match loftq.loftq_bits {
-            4 => ("NF4", "load_in_4bit=True, bnb_4bit_quant_type=\"nf4\", bnb_4bit_use_double_quant=True"),
-            _ => ("int8", "load_in_8bit=True"),
-        })
+        quantized(&self.adapter)
     }
 
     /// What the names in the commands stand for.
@@ -194,7 +183,7 @@ impl<'a> Making<'a> {
 
     /// The base as a Hugging Face directory or a hub id.
     fn hugging_face(&self) -> String {
-        if self.opened.base.gguf().is_some() { "BASE".into() } else { shell(&self.base) }
+        if self.opened.base.gguf().is_some() { UNKNOWN.into() } else { shell(&self.base) }
     }
 
     /// A command that runs the base's GGUF file with an adapter, after one that makes the file where there is none.
@@ -308,7 +297,7 @@ impl<'a> Making<'a> {
 
     /// A question to `model` by transformers, with an adapter by PEFT.
     fn python(&self, adapter: Option<&str>, model: &str) -> String {
-        let model = if adapter.is_some() && self.opened.base.gguf().is_some() { "BASE" } else { model };
+        let model = if adapter.is_some() && self.opened.base.gguf().is_some() { UNKNOWN } else { model };
         let (import, load) = match adapter {
             Some(_) => ("from peft import PeftModel\n", "model = PeftModel.from_pretrained(model, \".\")\n"),
             None => ("", ""),
@@ -353,32 +342,51 @@ impl<'a> Making<'a> {
     }
 }
 
+/// How the base is quantized that an adapter started from, and how transformers is told.
+fn quantized(adapter: &Adapter) -> Option<(&'static str, &'static str)> {
+    adapter.config.loftq_config.map(|loftq| match loftq.loftq_bits {
+        4 => ("NF4", "load_in_4bit=True, bnb_4bit_quant_type=\"nf4\", bnb_4bit_use_double_quant=True"),
+        _ => ("int8", "load_in_8bit=True"),
+    })
+}
+
+/// What the hub reads of a card, and its title.
+fn heading(base: &str, library: &str, relation: &str, tags: &str) -> String {
+    // The hub refuses a base that it does not know.
+    let is_hub_id = base != UNKNOWN && !Path::new(base).is_absolute();
+    let base_model = if is_hub_id {
+        format!("base_model: {base}\nbase_model_relation: {relation}\n")
+    } else {
+        String::new()
+    };
+    let title = Path::new(base).file_name().unwrap_or_default().to_string_lossy();
+    format!(
+        "---\n{base_model}library_name: {library}\npipeline_tag: text-generation\ntags: [{tags}, pronk]\n---\n\n\
+         # {title}, tuned\n\n"
+    )
+}
+
 /// Of an adapter that was combined out of others for `base`, which nobody has opened.
 pub fn of_combined(adapter: &Adapter, base: &str, parts: &[(String, f64)], method: Method) -> String {
-    let named = if base.is_empty() { "BASE" } else { base };
-    let is_hub_id = !base.is_empty() && !Path::new(base).is_absolute();
-    let base_model =
-        if is_hub_id { format!("base_model: {base}\nbase_model_relation: adapter\n") } else { String::new() };
-    let title = Path::new(named).file_name().unwrap_or_default().to_string_lossy();
+    let base = if base.is_empty() { UNKNOWN } else { base };
     let how = match method {
         Method::Cat => "the weighted sum of their updates",
         Method::Linear => "weighted sums of their A and of their B",
     };
-    let quantized = adapter.config.loftq_config.map_or("", |loftq| match loftq.loftq_bits {
-        4 => " It belongs to that base quantized to NF4 (LoftQ).",
-        _ => " It belongs to that base quantized to int8 (LoftQ).",
+    let quantized = quantized(adapter).map_or(String::new(), |(how, _)| {
+        format!(" It belongs to that base quantized to {how} (LoftQ, QERA).")
     });
     let row = |(dir, weight): &(String, f64)| {
         let name = Path::new(dir).file_name().unwrap_or_default().to_string_lossy().into_owned();
         format!("| {name} | {weight} |\n")
     };
     let rows: String = parts.iter().map(row).collect();
-    let use_of = block("pronk", "sh", &format!("pronk chat --base {} --adapter .", shell(named)));
+    let use_of = block("pronk", "sh", &format!("pronk chat --base {} --adapter .", shell(base)));
     format!(
-        "---\n{base_model}library_name: peft\npipeline_tag: text-generation\ntags: [lora, pronk]\n---\n\n\
-         # {title}, tuned\n\nA LoRA adapter for `{named}`, combined out of others.{quantized}\n\n\
+        "{heading}A LoRA adapter for `{base}`, combined out of others.{quantized}\n\n\
          ## Use\n\nThe command is for this folder; PEFT loads it as any adapter.\n\n{use_of}\
          {training}\nNone of its own: {how}.\n\n| adapter | weight |\n|---|---|\n{rows}",
+        heading = heading(base, "peft", "adapter", "lora"),
         training = ModelCard::TRAINING,
     )
 }

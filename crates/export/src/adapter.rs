@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pronk_lora::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraConfig, LoraPair};
 use pronk_model::{Base, Staging};
 
-use crate::update::{check_fit, merged_config, values};
+use crate::update::{check_fit, values};
 use crate::{ExportError, Finish, Runtime, Verification, verify};
 
 /// How to write an adapter for another runtime.
@@ -57,7 +57,7 @@ pub fn export(
     if !refusals.is_empty() {
         return Err(ExportError::Refused { runtime, problems: refusals });
     }
-    verify::check_prompt(&merged_config(base, adapter), &options.prompt)?;
+    verify::check_prompt(&base.config.tuned_by(adapter), &options.prompt)?;
     let staging = Staging::beside(out, Some(&base.path))?;
     let files = write(base, adapter, options, &staging)?;
     finish(staging.path()).map_err(ExportError::Finish)?;

@@ -98,7 +98,7 @@ fn metadata(
 /// Every tensor of the model, by the name that the file has for it.
 fn plan(update: &Update, kind: GgufType) -> Result<Vec<(String, GgufTensor)>, ExportError> {
     let config = update.config();
-    let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let head = config.head_weight();
     let place = |(name, shape): (String, Vec<usize>)| {
         let gguf = config.gguf_name(&name).ok_or_else(|| ExportError::NoGguf {
             base: update.base().path.clone(),

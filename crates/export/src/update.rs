@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use pronk_lora::{Adapter, LoraPair, ModuleShape, TensorKind, TensorName};
-use pronk_model::{Base, DecoderConfig, HostTensor, ModelError};
+use pronk_model::{Base, DecoderConfig, EMBEDDINGS, HEAD, HostTensor, ModelError};
 
 use crate::{Dtype, ExportError};
 
@@ -25,11 +25,11 @@ impl<'a> Update<'a> {
     pub fn new(base: &'a Base, adapter: &Adapter, dtype: Option<Dtype>) -> Result<Self, ExportError> {
         let adapter = adapter.onto_packed(&base.config.adapter_modules());
         check_fit(base, &adapter)?;
-        let config = merged_config(base, &adapter);
+        let config = base.config.tuned_by(&adapter);
         Ok(Self { base, adapter, config, dtype })
     }
 
-    /// What the merged model looks like: it may know more tokens, and a head that was trained apart is tied no more.
+    /// What the merged model looks like.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
@@ -42,23 +42,19 @@ impl<'a> Update<'a> {
     /// Shapes of all tensors of the merged model, by name.
     pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let mut shapes = self.base.shapes();
-        let vocabulary = [EMBEDDINGS, HEAD].into_iter();
-        let present = vocabulary.filter(|name| shapes.contains_key(*name) || self.unties(name));
-        let present: Vec<&str> = present.collect();
-        for name in present {
-            shapes.insert(name.to_owned(), vec![self.config.vocab_size, self.config.hidden_size]);
+        let unties = self.base.config.tie_word_embeddings && !self.config.tie_word_embeddings;
+        for name in [EMBEDDINGS, HEAD] {
+            if shapes.contains_key(name) || (unties && name == HEAD) {
+                shapes.insert(name.to_owned(), vec![self.config.vocab_size, self.config.hidden_size]);
+            }
         }
         shapes
     }
 
-    /// Whether `name` is the head's weight, which the base has only as embeddings.
-    pub fn unties(&self, name: &str) -> bool {
-        name == HEAD && self.base.config.tie_word_embeddings && !self.config.tie_word_embeddings
-    }
-
     /// Under which name the base has what becomes `name`.
-    fn in_base(&self, name: &str) -> String {
-        if self.unties(name) { EMBEDDINGS.to_owned() } else { name.to_owned() }
+    fn in_base<'n>(&self, name: &'n str) -> &'n str {
+        let unties = name == HEAD && !self.config.tie_word_embeddings;
+        if unties { self.base.config.head_weight() } else { name }
     }
 
     /// The format in which the tensor called `name` is written. What is quantized in the base, and
@@ -66,7 +62,7 @@ impl<'a> Update<'a> {
     pub fn dtype(&self, name: &str) -> Result<Dtype, ExportError> {
         match self.dtype {
             Some(dtype) => Ok(dtype),
-            None => Ok(Dtype::of_file(self.base.dtype_of(&self.in_base(name))?)),
+            None => Ok(Dtype::of_file(self.base.dtype_of(self.in_base(name))?)),
         }
     }
 
@@ -79,14 +75,10 @@ impl<'a> Update<'a> {
     /// that neither the adapter nor the format changes comes as the base's own bytes.
     pub fn apply(&self, name: &str) -> Result<HostTensor<'a>, ExportError> {
         let dtype = self.dtype(name)?;
-        if let Some(tensor) = self.trained_whole(name) {
-            let shape = match tensor.dims() {
-                [1, columns] if name != HEAD && name != EMBEDDINGS => vec![columns],
-                matrix => matrix.to_vec(),
-            };
-            return rounded(name, &values(tensor)?, shape, dtype);
+        if let Some((trained, tensor)) = self.trained_whole(name) {
+            return rounded(name, &values(tensor)?, trained.kind.shape_in_file(tensor.dims()), dtype);
         }
-        let host = self.base.read(&self.in_base(name))?;
+        let host = self.base.read(self.in_base(name))?;
         let pair = name.strip_suffix(".weight").and_then(|module| self.adapter.pairs.get(module));
         if pair.is_none() && host.dtype == dtype.in_file() {
             return Ok(host);
@@ -104,24 +96,10 @@ impl<'a> Update<'a> {
     }
 
     /// What the adapter has in the place of the base's tensor called `name`.
-    fn trained_whole(&self, name: &str) -> Option<&Tensor<2>> {
-        if name == HEAD {
-            return self.adapter.head();
-        }
-        let mut whole = self.adapter.whole.iter();
-        whole.find(|(trained, _)| trained.to_string() == name).map(|(_, tensor)| tensor)
+    fn trained_whole(&self, name: &str) -> Option<(&TensorName, &Tensor<2>)> {
+        let name = if name == HEAD { self.adapter.head_name() } else { TensorName::of_base(name) };
+        self.adapter.whole.get_key_value(&name?)
     }
-}
-
-const EMBEDDINGS: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
-
-/// The configuration of `base` with what `adapter` trains whole.
-pub fn merged_config(base: &Base, adapter: &Adapter) -> DecoderConfig {
-    let vocab_size = adapter.vocab_size().unwrap_or(base.config.vocab_size);
-    let stays_tied = adapter.config.ensure_weight_tying || adapter.vocab_size().is_none();
-    let tie_word_embeddings = base.config.tie_word_embeddings && stays_tied;
-    DecoderConfig { vocab_size, tie_word_embeddings, ..base.config.clone() }
 }
 
 /// `values` as the tensor called `name` of a file. Numbers that `dtype` cannot hold are refused.

@@ -90,7 +90,7 @@ pub fn measure(
     prompt: &[u32],
     device: &Device,
 ) -> Result<Verification, ExportError> {
-    let vocab_size = adapter.vocab_size().unwrap_or(base.config.vocab_size);
+    let vocab_size = base.config.tuned_by(adapter).vocab_size;
     let expected = logits("base and adapter", base, Some(adapter), prompt, device)?;
     let found = logits("the merged model", merged, None, prompt, device)?;
     if expected.len() != found.len() {
@@ -109,7 +109,7 @@ pub fn verify_adapter(
     prompt: &[u32],
     device: &Device,
 ) -> Result<Verification, ExportError> {
-    let vocab_size = adapter.vocab_size().unwrap_or(base.config.vocab_size);
+    let vocab_size = base.config.tuned_by(adapter).vocab_size;
     let expected = logits("base and adapter", base, Some(adapter), prompt, device)?;
     let found = logits("base and exported adapter", base, Some(found), prompt, device)?;
     let result = compare(&expected, &found, vocab_size);

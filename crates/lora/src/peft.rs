@@ -49,11 +49,6 @@ const OF_ADAPTED: &str = ".base_layer.bias";
 /// are once more.
 const SAVED_TWICE: [&str; 2] = [".original_module.weight", ".modules_to_save.weight"];
 
-/// A tensor's shape in the file: one row is a vector there.
-fn file_shape(kind: TensorKind, [rows, columns]: [usize; 2]) -> Vec<usize> {
-    if kind.is_vector() { vec![columns] } else { vec![rows, columns] }
-}
-
 /// An adapter as its files will be, in the host's memory: whatever becomes of its tensors meanwhile.
 #[derive(Debug, Clone)]
 pub struct AdapterFiles {
@@ -289,8 +284,8 @@ impl<'a> FileTensors<'a> {
             [rows, _] if name.kind == TensorKind::Weight => [rows.max(shape[0]), shape[1]],
             _ => shape,
         };
-        if found != file_shape(name.kind, shape) {
-            let expected = file_shape(name.kind, shape);
+        let expected = name.kind.shape_in_file(shape);
+        if found != expected {
             self.problems.push(format!("{key}: expected shape {expected:?}, found {found:?}"));
             return None;
         }
@@ -374,7 +369,7 @@ fn serialize(
     is_adapted: impl Fn(&TensorName) -> bool,
 ) -> Result<Vec<u8>, safetensors::SafeTensorError> {
     let views = tensors.iter().map(|(name, shape, values)| {
-        (key(name, is_adapted(name)), FileView { shape: file_shape(name.kind, *shape), values })
+        (key(name, is_adapted(name)), FileView { shape: name.kind.shape_in_file(*shape), values })
     });
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize(views, Some(metadata))

@@ -34,14 +34,9 @@ impl TensorKind {
         }
     }
 
-    /// Whether it is one of a pair's two factors.
-    pub fn is_factor(self) -> bool {
-        matches!(self, Self::A | Self::B)
-    }
-
-    /// Whether files hold it as a vector: it is one row.
-    pub(crate) fn is_vector(self) -> bool {
-        matches!(self, Self::Magnitude | Self::Bias)
+    /// The shape in which files hold it: what is one row is a vector there.
+    pub fn shape_in_file(self, [rows, columns]: [usize; 2]) -> Vec<usize> {
+        if matches!(self, Self::Magnitude | Self::Bias) { vec![columns] } else { vec![rows, columns] }
     }
 }
 
@@ -64,6 +59,13 @@ impl TensorName {
     /// The tensor `kind` of `module`.
     pub fn new(module: impl Into<String>, kind: TensorKind) -> Self {
         Self { module: module.into(), kind }
+    }
+
+    /// The base's own tensor that a checkpoint calls `name`: a weight or a bias.
+    pub fn of_base(name: &str) -> Option<Self> {
+        let (module, kind) = name.rsplit_once('.')?;
+        let kind = [TensorKind::Weight, TensorKind::Bias].into_iter().find(|own| own.name() == kind)?;
+        Some(Self::new(module, kind))
     }
 }
 

@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::bitsandbytes::stored_scheme;
+use crate::config::{EMBEDDINGS, HEAD};
 use crate::mapped::Pages;
 use crate::safetensors_files::SafetensorsFiles;
 use crate::weights_writer::{ShardSpec, TensorSpec};
@@ -179,7 +180,7 @@ impl Base {
                 Some(_) => {}
             }
         }
-        let tied_head = |name: &str| self.config.tie_word_embeddings && name == "lm_head.weight";
+        let tied_head = |name: &str| self.config.tie_word_embeddings && name == HEAD;
         let surplus = found.iter().filter(|(name, _)| !name.ends_with(IGNORED) && !tied_head(name));
         problems.extend(surplus.map(|(name, shape)| {
             format!("{name}: surplus, shape {shape:?}; the decoder has no place for it")
@@ -200,7 +201,7 @@ impl Base {
     pub fn dtype(&self) -> Dtype {
         match &self.weights {
             Weights::Safetensors(files) if !files.is_quantized() => {
-                files.dtype("model.embed_tokens.weight").unwrap_or(Dtype::F32)
+                files.dtype(EMBEDDINGS).unwrap_or(Dtype::F32)
             }
             _ => Dtype::F32,
         }

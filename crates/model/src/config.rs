@@ -5,7 +5,7 @@ mod keys;
 mod window;
 
 use pronk_kernels::{Precision, RopeScaling, Scoring};
-use pronk_lora::{EMBED_TOKENS, LM_HEAD, ModuleShape, PartOf};
+use pronk_lora::{Adapter, EMBED_TOKENS, LM_HEAD, ModuleShape, PartOf};
 use serde_json::Value;
 
 use self::keys::Keys;
@@ -157,6 +157,21 @@ impl DecoderConfig {
         modules
     }
 
+    /// What the checkpoint calls the output projection's weight: the embeddings', where they are one.
+    pub fn head_weight(&self) -> &'static str {
+        if self.tie_word_embeddings { EMBEDDINGS } else { HEAD }
+    }
+
+    /// What the model looks like with `adapter`: it may know more tokens, and a head that was trained apart is tied no
+    /// more.
+    #[must_use]
+    pub fn tuned_by(&self, adapter: &Adapter) -> Self {
+        let vocab_size = adapter.vocab_size().unwrap_or(self.vocab_size);
+        let stays_tied = adapter.config.ensure_weight_tying || adapter.vocab_size().is_none();
+        let tie_word_embeddings = self.tie_word_embeddings && stays_tied;
+        Self { vocab_size, tie_word_embeddings, ..self.clone() }
+    }
+
     fn block_linears(&self) -> Vec<ModuleShape> {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let [q, kv] = self.attention_widths();
@@ -228,7 +243,7 @@ impl DecoderConfig {
     /// Every tensor that the checkpoint must hold, with its shape.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let vector = |name: String| (name, vec![self.hidden_size]);
-        let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, self.hidden_size])];
+        let mut all = vec![(EMBEDDINGS.to_owned(), vec![self.vocab_size, self.hidden_size])];
         for module in self.linear_modules() {
             if self.has_bias(&module.name) {
                 all.push((format!("{}.bias", module.name), vec![module.out_features]));
@@ -244,12 +259,16 @@ impl DecoderConfig {
         }
         all.push(vector("model.norm.weight".into()));
         if !self.tie_word_embeddings {
-            all.push(("lm_head.weight".into(), vec![self.vocab_size, self.hidden_size]));
+            all.push((HEAD.into(), vec![self.vocab_size, self.hidden_size]));
         }
         all
     }
 }
 
+/// The weight of the embeddings, `[vocab, hidden]`.
+pub const EMBEDDINGS: &str = "model.embed_tokens.weight";
+/// The output projection's, `[vocab, hidden]`, where it is not the embeddings'.
+pub const HEAD: &str = "lm_head.weight";
 /// Queries, keys and values, where they are apart, and where they are one matrix.
 pub const QKV: [&str; 3] = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
 pub const QKV_PROJ: &str = "self_attn.qkv_proj";

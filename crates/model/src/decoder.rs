@@ -6,7 +6,7 @@ use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use pronk_kernels::{FrozenLinear, FrozenMatrix, computes_on_host, rms_norm, soft_cap};
 use pronk_lora::{Adapter, ForwardMode, LoraConfig, LoraError};
 
-use crate::config::block_prefix;
+use crate::config::{EMBEDDINGS, block_prefix};
 use crate::layout::Rotaries;
 use crate::loader::{LoadConfig, Loader, Residency};
 use crate::mapped::Pages;
@@ -48,15 +48,16 @@ impl Decoder {
         let total = base.config.tensors().len();
         let mut loader =
             Loader { base, device, config, done: 0, progress: &mut |done| progress(done, total) };
-        let embed_tokens = loader.matrix("model.embed_tokens.weight")?;
+        let embed_tokens = loader.matrix(EMBEDDINGS)?;
         let layers = 0..base.config.num_hidden_layers;
         let blocks = layers.clone().map(|layer| loader.block(layer).map(Arc::new));
         let blocks = blocks.collect::<Result<_, _>>()?;
         let norm = loader.norm("model.norm.weight")?;
-        let (head_name, head) = if base.config.tie_word_embeddings {
-            ("model.embed_tokens.weight", Arc::clone(&embed_tokens))
+        let head_name = base.config.head_weight();
+        let head = if base.config.tie_word_embeddings {
+            Arc::clone(&embed_tokens)
         } else {
-            ("lm_head.weight", loader.matrix("lm_head.weight")?)
+            loader.matrix(head_name)?
         };
         Ok(Self {
             config: base.config.clone(),

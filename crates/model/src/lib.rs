@@ -35,7 +35,7 @@ mod whole;
 pub use base::{Base, Shard};
 pub use block::{Block, LayerCache};
 pub use checkpoint_writer::CheckpointWriter;
-pub use config::{DecoderConfig, SlidingWindow, Windowed};
+pub use config::{DecoderConfig, EMBEDDINGS, HEAD, SlidingWindow, Windowed};
 pub use decoder::{Decoder, Visit};
 pub use error::ModelError;
 pub use family::Family;

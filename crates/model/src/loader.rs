@@ -99,8 +99,7 @@ impl WeightBytes {
         memory: Memory,
     ) -> Result<Self, ModelError> {
         let (mut blocks, mut rest, mut dense) = (vec![0; base.config.num_hidden_layers], 0, 0);
-        let head =
-            if base.config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let head = base.config.head_weight();
         for (name, shape) in base.config.tensors() {
             let block = (0..blocks.len()).find(|&layer| name.starts_with(&block_prefix(layer)));
             let bytes = if let &[rows, cols] = &shape[..] {

@@ -1,7 +1,7 @@
 //! What an adapter trains whole, as a base has it before the first step.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_lora::{Adapter, EMBED_TOKENS, LM_HEAD, TensorName};
+use pronk_lora::{Adapter, LM_HEAD};
 
 use crate::{Base, ModelError};
 
@@ -15,19 +15,12 @@ impl Base {
         device: &Device,
     ) -> Result<(), ModelError> {
         for (name, shape) in adapter.config.whole(&self.config.adapter_modules())? {
-            let values = self.read(&self.stored_name(&name))?.to_f32();
+            let own = name.to_string();
+            let own = if name.module == LM_HEAD { self.config.head_weight() } else { &own };
+            let values = self.read(own)?.to_f32();
             adapter.whole.insert(name, Tensor::from_data(TensorData::new(values, shape), device));
         }
         adapter.grow_vocabulary(vocab_size);
         Ok(())
-    }
-
-    /// Under which name the base holds the tensor: a head that is tied, as embeddings.
-    fn stored_name(&self, name: &TensorName) -> String {
-        if name.module == LM_HEAD && self.config.tie_word_embeddings {
-            format!("{EMBED_TOKENS}.{}", name.kind)
-        } else {
-            name.to_string()
-        }
     }
 }

@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use pronk_data::{MicroBatches, Order, PackedBatch, PreparedDataset, TextTokenizer};
 use pronk_kernels::{Dropout, DropoutKey, EmbeddingNoise};
 use pronk_lora::Adapter;
-use pronk_model::{Decoder, DecoderConfig, WeightBytes};
+use pronk_model::{Decoder, WeightBytes};
 use tracing::trace_span;
 
 use crate::checkpoint::{self, Checkpoint, TrainerState};
@@ -98,9 +98,7 @@ impl<'a> Trainer<'a> {
         let optimizer = Optimizer::new(&config, &adapter);
         let mut state = TrainerState::new(data.key.clone());
         state.keeps_start = adapter.pairs.values().any(|pair| pair.start.is_some());
-        let vocab_size = adapter.vocab_size().unwrap_or(decoder.config.vocab_size);
-        let model = DecoderConfig { vocab_size, ..decoder.config.clone() };
-        let shapes = Shapes::new(&model, weights, &adapter.config)?;
+        let shapes = Shapes::new(&decoder.config.tuned_by(&adapter), weights, &adapter.config)?;
         let memory = MemoryPlan::new(&config, shapes);
         let run = Self {
             decoder,

@@ -115,7 +115,7 @@ impl Merging<'_> {
     fn gguf(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<MergeReport> {
         let Self { args, opened, adapter, prompt, device } = self;
         let tokenizer = &opened.tokenizer;
-        let vocab_size = adapter.vocab_size().unwrap_or(opened.base.config.vocab_size);
+        let vocab_size = opened.base.config.tuned_by(adapter).vocab_size;
         let mut metadata = match opened.base.gguf() {
             Some(file)
                 if vocab_size > opened.base.config.vocab_size || !tokenizer.added_tokens().is_empty() =>
