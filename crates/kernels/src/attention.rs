@@ -1,6 +1,10 @@
 // Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
 #![allow(clippy::inline_always)]
 
+#[cfg_attr(not(feature = "cube"), allow(dead_code))]
+mod buckets;
+#[cfg(feature = "cube")]
+mod card;
 mod heads;
 mod scoring;
 mod tiles;
@@ -16,9 +20,10 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::Tensor;
 
+pub use self::buckets::attention_bytes_on_card;
 pub use self::scoring::Scoring;
 use self::tiles::Widths;
-use crate::host::{Host, lends};
+use crate::host::{Host, Loops, has_loops};
 use crate::plain;
 
 /// Which rows of the keys the rows of the queries may look at: one record of a batch, or the
@@ -52,7 +57,7 @@ impl Span {
 /// Where the shapes do not fit, or spans are of other rows.
 pub fn attention(q: Tensor<3>, k: &Tensor<3>, v: &Tensor<3>, spans: &[Span], scoring: Scoring) -> Tensor<2> {
     let [tokens, heads, dim] = q.dims();
-    if !lends(&q) || !cover(spans, tokens, k.dims()[0]) {
+    if !has_loops(&q) || !cover(spans, tokens, k.dims()[0]) {
         return plain::attention(&q, k, v, spans, scoring);
     }
     let [q, k, v] = [q, k.clone(), v.clone()].map(Tensor::into_dispatch);
@@ -69,8 +74,13 @@ fn cover(spans: &[Span], queries: usize, keys: usize) -> bool {
     end == Some((queries, keys))
 }
 
-/// The operation, for backends that lend their numbers.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
+/// The operation, for backends with loops of our own.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    LibTorch: cfg(feature = "tch"),
+    Cube: cfg(feature = "cube"),
+    Autodiff,
+)]
 pub trait Attention: Backend {
     /// See [`attention()`]; the result has the queries' shape.
     fn attention(
@@ -82,30 +92,71 @@ pub trait Attention: Backend {
     ) -> FloatTensor<Self>;
 }
 
-impl<B: Host> Attention for B {
-    fn attention(
+/// The loops, over tensors whose numbers are in order.
+trait AttentionLoops: Loops {
+    /// Returns the logarithm of each query's sum of exponentials too.
+    fn forward(
         q: FloatTensor<Self>,
-        k: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        spans: Arc<[Span]>,
+        k: &FloatTensor<Self>,
+        v: &FloatTensor<Self>,
+        widths: Widths,
+        spans: &[Span],
         scoring: Scoring,
-    ) -> FloatTensor<Self> {
-        forward::<B>(q, &B::contiguous(k), &B::contiguous(v), &spans, scoring).0
+    ) -> (FloatTensor<Self>, Self::Numbers);
+
+    /// The gradients at `q`, `k` and `v`.
+    fn backward(
+        qkv: [FloatTensor<Self>; 3],
+        log_sums: &Self::Numbers,
+        dy: FloatTensor<Self>,
+        widths: Widths,
+        spans: &[Span],
+        scoring: Scoring,
+    ) -> [FloatTensor<Self>; 3];
+}
+
+impl<B: Host> AttentionLoops for B {
+    fn forward(
+        q: FloatTensor<Self>,
+        k: &FloatTensor<Self>,
+        v: &FloatTensor<Self>,
+        widths: Widths,
+        spans: &[Span],
+        scoring: Scoring,
+    ) -> (FloatTensor<Self>, Vec<f32>) {
+        B::rewrite(q, |q| tiles::forward(q, [B::numbers(k), B::numbers(v)], widths, spans, scoring))
+    }
+
+    fn backward(
+        [q, k, v]: [FloatTensor<Self>; 3],
+        log_sums: &Vec<f32>,
+        dy: FloatTensor<Self>,
+        widths: Widths,
+        spans: &[Span],
+        scoring: Scoring,
+    ) -> [FloatTensor<Self>; 3] {
+        let dy = B::contiguous(dy);
+        let (dq, (dk, (dv, ()))) = B::rewrite(q, |q| {
+            B::rewrite(k, |k| {
+                B::rewrite(v, |v| {
+                    tiles::backward([q, k, v], log_sums, B::numbers(&dy), widths, spans, scoring);
+                })
+            })
+        });
+        [dq, dk, dv]
     }
 }
 
-/// Returns the logarithm of each query's sum of exponentials too.
-fn forward<B: Host>(
+fn forward<B: AttentionLoops>(
     q: FloatTensor<B>,
-    k: &FloatTensor<B>,
-    v: &FloatTensor<B>,
+    [k, v]: [&FloatTensor<B>; 2],
     spans: &[Span],
     scoring: Scoring,
-) -> (FloatTensor<B>, Vec<f32>) {
+) -> (FloatTensor<B>, B::Numbers) {
     let _attention = tracing::trace_span!("attention").entered();
     assert!(k.shape() == v.shape(), "a value for every key");
     let widths = widths::<B>(&q, k);
-    B::rewrite(q, |q| tiles::forward(q, [B::numbers(k), B::numbers(v)], widths, spans, scoring))
+    B::forward(q, k, v, widths, spans, scoring)
 }
 
 fn widths<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Widths {
@@ -114,7 +165,19 @@ fn widths<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Widths {
     Widths { heads: q[1], kv_heads: k[1], dim: q[2] }
 }
 
-impl<B: Host, C: CheckpointStrategy> Attention for Autodiff<B, C> {
+impl<B: AttentionLoops> Attention for B {
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spans: Arc<[Span]>,
+        scoring: Scoring,
+    ) -> FloatTensor<Self> {
+        forward::<B>(q, [&B::in_order(k), &B::in_order(v)], &spans, scoring).0
+    }
+}
+
+impl<B: AttentionLoops, C: CheckpointStrategy> Attention for Autodiff<B, C> {
     fn attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -123,25 +186,25 @@ impl<B: Host, C: CheckpointStrategy> Attention for Autodiff<B, C> {
         scoring: Scoring,
     ) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([q.node(), k.node(), v.node()]).compute_bound().stateful();
-        let [q, k, v] = [q, k, v].map(|x| B::contiguous(x.into_primitive()));
+        let [q, k, v] = [q, k, v].map(|x| B::in_order(x.into_primitive()));
         match operation {
             OpsKind::Tracked(prep) => {
-                let (y, log_sums) = forward::<B>(q.clone(), &k, &v, &spans, scoring);
+                let (y, log_sums) = forward::<B>(q.clone(), [&k, &v], &spans, scoring);
                 prep.finish(Saved { q, k, v, log_sums, spans, scoring }, y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(forward::<B>(q, &k, &v, &spans, scoring).0),
+            OpsKind::UnTracked(prep) => prep.finish(forward::<B>(q, [&k, &v], &spans, scoring).0),
         }
     }
 }
 
 /// What the backward pass needs; no scores.
 #[derive(Debug, Clone)]
-struct Saved<T> {
+struct Saved<T, L> {
     q: T,
     k: T,
     v: T,
     /// Of each query and head, the logarithm of its sum of exponentials.
-    log_sums: Vec<f32>,
+    log_sums: L,
     spans: Arc<[Span]>,
     scoring: Scoring,
 }
@@ -150,22 +213,16 @@ struct Saved<T> {
 #[derive(Debug)]
 struct Recorded;
 
-impl<B: Host> Backward<B, 3> for Recorded {
-    type State = Saved<FloatTensor<B>>;
+impl<B: AttentionLoops> Backward<B, 3> for Recorded {
+    type State = Saved<FloatTensor<B>, B::Numbers>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let _attention = tracing::trace_span!("attention").entered();
         let Saved { q, k, v, log_sums, spans, scoring } = ops.state;
-        let dy = B::contiguous(grads.consume::<B>(&ops.node));
+        let dy = grads.consume::<B>(&ops.node);
         let widths = widths::<B>(&q, &k);
-        let (dq, (dk, (dv, ()))) = B::rewrite(q, |q| {
-            B::rewrite(k, |k| {
-                B::rewrite(v, |v| {
-                    tiles::backward([q, k, v], &log_sums, B::numbers(&dy), widths, &spans, scoring);
-                })
-            })
-        });
-        for (parent, gradient) in ops.parents.into_iter().zip([dq, dk, dv]) {
+        let gradients = <B as AttentionLoops>::backward([q, k, v], &log_sums, dy, widths, &spans, scoring);
+        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
             if let Some(parent) = parent {
                 grads.register::<B>(parent.id, gradient);
             }

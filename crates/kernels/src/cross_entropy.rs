@@ -1,6 +1,8 @@
 // Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
 #![allow(clippy::inline_always)]
 
+#[cfg(feature = "cube")]
+mod card;
 mod rows;
 
 use std::sync::Arc;
@@ -9,7 +11,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{Shape, Tensor};
 
-use crate::host::{Host, lends};
+use crate::host::{Host, has_loops};
 use crate::{FrozenLinear, plain, soft_cap};
 
 /// Logits alive at a time, 32 MB of them: 256 rows at a vocabulary of 32,000.
@@ -99,15 +101,15 @@ pub fn cross_entropy(
 /// `-log softmax(logits)[target]` of each row, `[rows]`, and its gradient at the logits,
 /// `softmax(logits) - onehot(target)`, `[rows, vocab]`: on the host in the same memory.
 fn losses_and_slopes(logits: Tensor<2>, targets: &[u32]) -> (Tensor<1>, Tensor<2>) {
-    if !lends(&logits) {
+    if !has_loops(&logits) {
         return plain::losses_and_slopes(logits, targets);
     }
     let (losses, slopes) = Dispatch::losses_and_slopes(logits.into_dispatch(), targets.into());
     (Tensor::from_dispatch(losses), Tensor::from_dispatch(slopes))
 }
 
-/// The operation, for backends that lend their numbers. Nothing is ever recorded here.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"))]
+/// The operation, for backends with loops of our own. Nothing is ever recorded here.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Cube: cfg(feature = "cube"))]
 pub trait LossesAndSlopes: Backend {
     /// `[rows]` and `[rows, vocab]`.
     fn losses_and_slopes(

@@ -185,6 +185,12 @@ pub fn available_devices() -> Vec<(&'static str, Result<Vec<String>, DeviceError
         .collect()
 }
 
+/// Every device that is there and can be opened, with its name.
+pub fn open_devices() -> Vec<(String, Device)> {
+    let names = available_devices().into_iter().filter_map(|(_, found)| found.ok()).flatten();
+    names.filter_map(|name| open_device(&name).ok().map(|device| (name, device))).collect()
+}
+
 fn loads(library: &str) -> bool {
     // SAFETY: loading runs the library's initializers. It is the vendor's driver, which the
     // backend itself loads by the same name as soon as a device is opened.

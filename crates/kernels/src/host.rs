@@ -12,6 +12,51 @@ pub fn lends<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && computes_on_host(&x.device())
 }
 
+/// Whether operations on `x` have loops of our own: where it is lent, and on CubeCL's cards.
+pub fn has_loops<const D: usize>(x: &Tensor<D>) -> bool {
+    x.dtype() == DType::F32 && (computes_on_host(&x.device()) || is_on_card(x))
+}
+
+#[cfg(feature = "cube")]
+fn is_on_card<const D: usize>(x: &Tensor<D>) -> bool {
+    match x.device().without_autodiff().as_dispatch() {
+        burn::backend::DispatchDevice::Cube(device) => crate::card::has_even_planes(device),
+        #[allow(unreachable_patterns)] // where no other backend is in this build
+        _ => false,
+    }
+}
+
+#[cfg(not(feature = "cube"))]
+fn is_on_card<const D: usize>(_: &Tensor<D>) -> bool {
+    false
+}
+
+/// A backend with loops of our own.
+pub trait Loops: Backend {
+    /// A number for each row, that a forward pass keeps for the backward pass.
+    type Numbers: Clone + std::fmt::Debug + Send + 'static;
+
+    /// The same tensor, its numbers one after another as its shape tells them.
+    fn in_order(tensor: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+impl<B: Host> Loops for B {
+    type Numbers = Vec<f32>;
+
+    fn in_order(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+        B::contiguous(tensor)
+    }
+}
+
+#[cfg(feature = "cube")]
+impl Loops for burn::backend::Cube {
+    type Numbers = FloatTensor<Self>;
+
+    fn in_order(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+        burn_cubecl::kernel::into_contiguous(tensor)
+    }
+}
+
 /// A backend that can lend the numbers of its tensors.
 pub trait Host: Backend {
     /// Whether it does for this one: float32, in this machine's memory.

@@ -5,8 +5,8 @@
 //!
 //! Everything can be written in burn's own operations, which every backend has and which burn's
 //! autodiff differentiates; [`plain`] is what other implementations are compared with. Where a
-//! profile shows the time, an operation has an implementation of its own: on the processor, a loop
-//! over the tensors' numbers, with its own backward pass.
+//! profile shows the time, an operation has an implementation of its own, with its own backward pass: on the processor
+//! a loop over the tensors' numbers, on CubeCL's graphics cards a kernel (`card.rs` beside each).
 
 // burn deprecates its LibTorch backend after 0.22; here it stays.
 #![cfg_attr(feature = "tch", allow(deprecated))]
@@ -15,6 +15,8 @@ mod adamw;
 mod attention;
 mod bf16;
 mod blockwise;
+#[cfg(feature = "cube")]
+mod card;
 mod cross_entropy;
 mod device;
 mod direction;
@@ -42,10 +44,10 @@ mod soft_cap;
 mod softmax;
 
 pub use adamw::{AdamW, AdamWState};
-pub use attention::{Scoring, Span, attention};
+pub use attention::{Scoring, Span, attention, attention_bytes_on_card};
 pub use blockwise::Blockwise;
 pub use cross_entropy::{CrossEntropy, LossGradients, cross_entropy, logit_rows};
-pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device};
+pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device, open_devices};
 pub use dot::dot;
 pub use frozen::{
     DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, FrozenWeight, NF4_CODEBOOK, Nf4Parts,

@@ -1,3 +1,5 @@
+#[cfg(feature = "cube")]
+mod card;
 mod pair;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -9,7 +11,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extensi
 use burn::tensor::Tensor;
 
 use self::pair::Pair;
-use crate::host::{Host, lends};
+use crate::host::{Host, Loops, has_loops};
 use crate::plain;
 
 /// `y + scale * (x A^T) B^T`, the update of a low-rank adapter beside its frozen layer
@@ -22,15 +24,20 @@ use crate::plain;
 /// # Panics
 /// Where the shapes do not fit.
 pub fn add_low_rank(y: Tensor<2>, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scale: f64) -> Tensor<2> {
-    if ![&y, &x, a, b].into_iter().all(lends) {
+    if ![&y, &x, a, b].into_iter().all(has_loops) {
         return plain::add_low_rank(y, x, a, b, scale);
     }
     let [y, x, a, b] = [y, x, a.clone(), b.clone()].map(Tensor::into_dispatch);
     Tensor::from_dispatch(Dispatch::add_low_rank(y, x, a, b, scale as f32))
 }
 
-/// The operation, for backends that lend their numbers.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
+/// The operation, for backends with loops of our own.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    LibTorch: cfg(feature = "tch"),
+    Cube: cfg(feature = "cube"),
+    Autodiff,
+)]
 pub trait LowRank: Backend {
     /// See [`add_low_rank`].
     fn add_low_rank(
@@ -42,7 +49,60 @@ pub trait LowRank: Backend {
     ) -> FloatTensor<Self>;
 }
 
-impl<B: Host> LowRank for B {
+/// The loops, over tensors whose numbers are in order.
+trait LowRankLoops: Loops {
+    /// Returns `scale * x A^T`, `[tokens, rank]`, too.
+    fn forward(
+        y: FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        factors: [&FloatTensor<Self>; 2],
+        scale: f32,
+    ) -> (FloatTensor<Self>, Self::Numbers);
+
+    /// The gradients at `x`, `A` and `B` that are wanted.
+    fn backward(
+        dy: &FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        factors: [&FloatTensor<Self>; 2],
+        low: &Self::Numbers,
+        scale: f32,
+        wanted: [bool; 3],
+    ) -> [Option<FloatTensor<Self>>; 3];
+}
+
+impl<B: Host> LowRankLoops for B {
+    fn forward(
+        y: FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        factors: [&FloatTensor<Self>; 2],
+        scale: f32,
+    ) -> (FloatTensor<Self>, Vec<f32>) {
+        B::rewrite(y, |y| pair::<B>(factors, scale).add(y, B::numbers(x)))
+    }
+
+    fn backward(
+        dy: &FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        [a, b]: [&FloatTensor<Self>; 2],
+        low: &Vec<f32>,
+        scale: f32,
+        [to_x, to_a, to_b]: [bool; 3],
+    ) -> [Option<FloatTensor<Self>>; 3] {
+        let (pair, numbers) = (pair::<B>([a, b], scale), B::numbers(dy));
+        let dlow = pair.pull_back(numbers, low.len());
+        let device = a.device();
+        let da = || B::write(a.shape(), &device, |da| pair.at_a(&dlow, B::numbers(x), da)).0;
+        let db = || B::write(b.shape(), &device, |db| pair.at_b(numbers, low, db)).0;
+        let dx = || B::write(x.shape(), &device, |dx| pair.at_x(&dlow, dx)).0;
+        [to_x.then(dx), to_a.then(da), to_b.then(db)]
+    }
+}
+
+fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scale: f32) -> Pair<'_> {
+    Pair { a: B::numbers(a), b: B::numbers(b), rank: a.shape()[0], scale }
+}
+
+impl<B: LowRankLoops> LowRank for B {
     fn add_low_rank(
         y: FloatTensor<Self>,
         x: FloatTensor<Self>,
@@ -50,27 +110,13 @@ impl<B: Host> LowRank for B {
         b: FloatTensor<Self>,
         scale: f32,
     ) -> FloatTensor<Self> {
-        let [x, a, b] = [x, a, b].map(B::contiguous);
-        forward::<B>(y, &x, [&a, &b], scale).0
+        assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
+        let [x, a, b] = [x, a, b].map(B::in_order);
+        B::forward(y, &x, [&a, &b], scale).0
     }
 }
 
-/// Returns `scale * x A^T` too.
-fn forward<B: Host>(
-    y: FloatTensor<B>,
-    x: &FloatTensor<B>,
-    factors: [&FloatTensor<B>; 2],
-    scale: f32,
-) -> (FloatTensor<B>, Vec<f32>) {
-    B::rewrite(y, |y| pair::<B>(factors, scale).add(y, B::numbers(x)))
-}
-
-fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scale: f32) -> Pair<'_> {
-    assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
-    Pair { a: B::numbers(a), b: B::numbers(b), rank: a.shape()[0], scale }
-}
-
-impl<B: Host, C: CheckpointStrategy> LowRank for Autodiff<B, C> {
+impl<B: LowRankLoops, C: CheckpointStrategy> LowRank for Autodiff<B, C> {
     fn add_low_rank(
         y: FloatTensor<Self>,
         x: FloatTensor<Self>,
@@ -81,8 +127,9 @@ impl<B: Host, C: CheckpointStrategy> LowRank for Autodiff<B, C> {
         let nodes = [y.node(), x.node(), a.node(), b.node()];
         let operation = Recorded.prepare::<C>(nodes).compute_bound().stateful();
         let y = y.into_primitive();
-        let [x, a, b] = [x, a, b].map(|factor| B::contiguous(factor.into_primitive()));
-        let (y, low) = forward::<B>(y, &x, [&a, &b], scale);
+        let [x, a, b] = [x, a, b].map(|factor| B::in_order(factor.into_primitive()));
+        assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
+        let (y, low) = B::forward(y, &x, [&a, &b], scale);
         match operation {
             OpsKind::Tracked(prep) => prep.finish(Saved { x, a, b, low, scale }, y),
             OpsKind::UnTracked(prep) => prep.finish(y),
@@ -92,12 +139,12 @@ impl<B: Host, C: CheckpointStrategy> LowRank for Autodiff<B, C> {
 
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
-struct Saved<T> {
+struct Saved<T, L> {
     x: T,
     a: T,
     b: T,
     /// `scale * x A^T`, `[tokens, rank]`
-    low: Vec<f32>,
+    low: L,
     scale: f32,
 }
 
@@ -105,29 +152,18 @@ struct Saved<T> {
 #[derive(Debug)]
 struct Recorded;
 
-impl<B: Host> Backward<B, 4> for Recorded {
-    type State = Saved<FloatTensor<B>>;
+impl<B: LowRankLoops> Backward<B, 4> for Recorded {
+    type State = Saved<FloatTensor<B>, B::Numbers>;
 
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let Saved { x, a, b, low, scale } = ops.state;
-        let [to_y, to_x, to_a, to_b] = ops.parents;
-        let dy = B::contiguous(grads.consume::<B>(&ops.node));
-        let (pair, numbers) = (pair::<B>([&a, &b], scale), B::numbers(&dy));
-        let dlow = pair.pull_back(numbers, low.len());
-        if let Some(parent) = to_a {
-            let da = B::write(a.shape(), &a.device(), |da| pair.at_a(&dlow, B::numbers(&x), da)).0;
-            grads.register::<B>(parent.id, da);
-        }
-        if let Some(parent) = to_b {
-            let db = B::write(b.shape(), &b.device(), |db| pair.at_b(numbers, &low, db)).0;
-            grads.register::<B>(parent.id, db);
-        }
-        if let Some(parent) = to_x {
-            let dx = B::write(x.shape(), &x.device(), |dx| pair.at_x(&dlow, dx)).0;
-            grads.register::<B>(parent.id, dx);
-        }
-        if let Some(parent) = to_y {
-            grads.register::<B>(parent.id, dy);
+        let dy = B::in_order(grads.consume::<B>(&ops.node));
+        let wanted = [1, 2, 3].map(|i| ops.parents[i].is_some());
+        let [dx, da, db] = <B as LowRankLoops>::backward(&dy, &x, [&a, &b], &low, scale, wanted);
+        for (parent, gradient) in ops.parents.into_iter().zip([Some(dy), dx, da, db]) {
+            if let (Some(parent), Some(gradient)) = (parent, gradient) {
+                grads.register::<B>(parent.id, gradient);
+            }
         }
     }
 }

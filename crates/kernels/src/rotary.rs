@@ -1,6 +1,8 @@
 // Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
 #![allow(clippy::inline_always)]
 
+#[cfg(feature = "cube")]
+mod card;
 mod turn;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -13,7 +15,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use self::turn::turn;
 use crate::direction::Direction;
-use crate::host::{Host, lends};
+use crate::host::{Host, has_loops};
 use crate::plain;
 
 /// How rotary frequencies are stretched beyond the context a base was trained with.
@@ -115,7 +117,7 @@ impl RotaryTables {
     /// # Panics
     /// Where `x` has another number of tokens than the tables, or heads of another width.
     pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
-        if !lends(&x) {
+        if !has_loops(&x) {
             return plain::rotary(x, self);
         }
         let (cos, sin) = (self.cos.clone().into_dispatch(), self.sin.clone().into_dispatch());
@@ -123,8 +125,13 @@ impl RotaryTables {
     }
 }
 
-/// The operation, for backends that lend their numbers.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
+/// The operation, for backends with loops of our own.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    LibTorch: cfg(feature = "tch"),
+    Cube: cfg(feature = "cube"),
+    Autodiff,
+)]
 pub trait RotaryTurn: Backend {
     /// See [`RotaryTables::apply`].
     fn turn(
@@ -149,7 +156,7 @@ impl<B: Host> RotaryTurn for B {
     }
 }
 
-impl<B: Host, C: CheckpointStrategy> RotaryTurn for Autodiff<B, C> {
+impl<B: RotaryTurn, C: CheckpointStrategy> RotaryTurn for Autodiff<B, C> {
     fn turn(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -170,7 +177,7 @@ impl<B: Host, C: CheckpointStrategy> RotaryTurn for Autodiff<B, C> {
 #[derive(Debug)]
 struct Recorded;
 
-impl<B: Host> Backward<B, 1> for Recorded {
+impl<B: RotaryTurn> Backward<B, 1> for Recorded {
     /// Cosines, sines, and which way.
     type State = (FloatTensor<B>, FloatTensor<B>, Direction);
 

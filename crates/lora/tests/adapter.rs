@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use half::bf16;
-use pronk_kernels::{DeviceError, Dropout, DropoutKey, FrozenLinear, open_device};
+use pronk_kernels::{Dropout, DropoutKey, FrozenLinear, open_devices};
 use pronk_lora::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, ForwardMode, InitLoraWeights, LoftQConfig, LoraConfig,
     LoraError, LoraLinear, LoraPair, ModuleNames, ModuleShape, PartOf, TargetModules, quantized_bits_of,
@@ -19,13 +19,9 @@ use tempfile::TempDir;
 const GOLDENS: [&str; 5] = ["gqa", "tied", "rslora", "patterns", "dora"];
 const KEY: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 
-/// Every CPU device that this build has, with its name; there is at least one.
-fn devices() -> Vec<(&'static str, Device)> {
-    let open = |name| match open_device(name) {
-        Err(DeviceError::NotCompiledIn { .. }) => None,
-        device => Some((name, device.unwrap())),
-    };
-    let devices: Vec<_> = ["cpu", "tch:cpu"].into_iter().filter_map(open).collect();
+/// Every device that this build has and this machine, with its name; there is at least one.
+fn devices() -> Vec<(String, Device)> {
+    let devices = open_devices();
     assert!(!devices.is_empty(), "these tests need a CPU backend: --features flex, or tch");
     devices
 }

@@ -38,10 +38,10 @@ fn answers_as_in_transformers() {
     for (name, device) in devices() {
         let decoder = Decoder::load(&base, &device, LoadConfig::default(), |_, _| {}).unwrap();
         for text in 0..5 {
-            check_logits(&decoder, &expected, text, name);
+            check_logits(&decoder, &expected, text, &name);
         }
         for prompt in 0..3 {
-            check_greedy(&decoder, &expected, prompt, eos, name);
+            check_greedy(&decoder, &expected, prompt, eos, &name);
         }
     }
 }

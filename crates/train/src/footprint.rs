@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pronk_data::PackedBatch;
-use pronk_kernels::logit_rows;
+use pronk_kernels::{attention_bytes_on_card, logit_rows};
 use pronk_lora::{EMBED_TOKENS, LM_HEAD, LoraConfig, LoraError, TensorKind, TensorName};
 use pronk_model::{DecoderConfig, Memory, WeightBytes};
 
@@ -20,10 +20,6 @@ const PROGRAM: u64 = 70 << 20;
 /// What a card holds for the program: the driver's context and the compiled kernels. An estimate, from what
 /// nvidia-smi shows for processes that have allocated nothing yet.
 const CONTEXT: u64 = 500 << 20;
-/// Copies of the attention scores that autodiff keeps where attention is written in burn's operations:
-/// exponentials and weights; and the gradients that its backward pass holds beside them.
-const SCORES_KEPT: u64 = 2;
-const SCORES_BACKWARD: u64 = 3;
 
 /// What a micro-batch brings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,14 +226,8 @@ impl Shapes {
         self.weights.memory == Memory::Card
     }
 
-    /// Bytes of the scores of all records together, where they exist: on a card.
-    fn scores(&self, work: Workload) -> u64 {
-        if self.on_card() { (self.model.num_attention_heads * work.pairs) as u64 * FLOAT } else { 0 }
-    }
-
     /// What autodiff keeps of one block: the inputs of the operations that are not linear, and of
-    /// the linear layers with an adapter. A frozen product keeps nothing. On a card, where operations
-    /// are burn's own, the gate's sigmoid and its product with the gate too.
+    /// the linear layers with an adapter. A frozen product keeps nothing.
     fn graph(&self, work: Workload) -> u64 {
         let model = &self.model;
         let hidden = model.hidden_size;
@@ -246,17 +236,18 @@ impl Shapes {
         let attention = hidden * (1 + adapted(&["q_proj", "k_proj", "v_proj", "qkv_proj"])) // the norm's input and output
             + 2 * q + 2 * kv; // q, k, v and the result
         let feed_forward = hidden * (1 + adapted(&["gate_proj", "up_proj", "gate_up_proj"]))
-            + model.intermediate_size * (2 + adapted(&["down_proj"])) // gate, up, their product
-            + model.intermediate_size * 2 * usize::from(self.on_card());
+            + model.intermediate_size * (2 + adapted(&["down_proj"])); // gate, up, their product
         let norms = hidden * model.norms_of_outputs() + if model.norms_heads() { q + kv } else { 0 };
         (work.tokens * (attention + feed_forward + norms + self.dora_outputs)) as u64 * FLOAT
-            + SCORES_KEPT * self.scores(work)
     }
 
-    /// What the backward pass of a block holds beside its graph: the gradients of the widest layer.
+    /// What the backward pass of a block holds beside its graph: the gradients of the widest layer, and on a card
+    /// scores of attention.
     fn backward(&self, work: Workload) -> u64 {
         let numbers = work.tokens * (3 * self.model.intermediate_size + 2 * self.model.hidden_size);
-        numbers as u64 * FLOAT + SCORES_BACKWARD * self.scores(work)
+        let heads = self.model.num_attention_heads;
+        let scores = if self.on_card() { attention_bytes_on_card(heads, work.pairs) } else { 0 };
+        numbers as u64 * FLOAT + scores as u64
     }
 
     /// The head where it is not in memory anyway, and two copies of a chunk's logits; a third, and
@@ -333,18 +324,17 @@ pub(crate) mod tests {
         assert_eq!(all.footprint(work, 4).kept_graphs - few, 4 * 100 * (64 + 256) * FLOAT);
     }
 
-    /// Scores of 4 heads, and what burn keeps of the gate; one dense matrix, all the time.
+    /// Scores of 4 heads, while a block's backward pass runs; one dense matrix, all the time.
     #[test]
-    fn a_card_keeps_scores_and_makes_one_matrix_dense() {
+    fn a_card_has_scores_at_a_time_and_makes_one_matrix_dense() {
         let host = shapes();
         let work = Workload { tokens: 100, supervised: 50, pairs: 10_000 };
         let mut card = host.clone();
         card.weights = WeightBytes { memory: Memory::Card, dense: 1 << 16, ..host.weights };
         let (host, card) = (host.footprint(work, 4), card.footprint(work, 4));
-        let more = SCORES_KEPT * 4 * 10_000 * FLOAT + 2 * 256 * 100 * FLOAT;
-        assert_eq!(card.kept_graphs - host.kept_graphs, 4 * more);
-        let beside = more + SCORES_BACKWARD * 4 * 10_000 * FLOAT;
+        assert_eq!(card.kept_graphs, host.kept_graphs);
+        let beside = attention_bytes_on_card(4, 10_000) as u64;
         assert_eq!(card.block_graph - host.block_graph, beside);
-        assert_eq!(card.peak() - host.peak(), 4 * more + beside + (1 << 16) + CONTEXT - PROGRAM);
+        assert_eq!(card.peak() - host.peak(), beside + (1 << 16) + CONTEXT - PROGRAM);
     }
 }

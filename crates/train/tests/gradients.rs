@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_data::{PackedBatch, TokenizedExample};
-use pronk_kernels::{Dropout, DropoutKey, open_device};
+use pronk_kernels::{Dropout, DropoutKey, open_devices};
 use pronk_lora::{Adapter, InitLoraWeights, LoraConfig, TargetModules, TensorKind, TensorName};
 use pronk_model::{Base, Decoder, LoadConfig, StartWeights};
 use pronk_train::{Gradients, Keep, MicroBatchLoss, SavedInputs, loss_and_gradients, loss_only};
@@ -19,12 +19,9 @@ fn golden() -> PathBuf {
 }
 
 fn devices() -> Vec<Device> {
-    let mut names = Vec::new();
-    names.extend(cfg!(feature = "flex").then_some("cpu"));
-    names.extend(cfg!(feature = "tch").then_some("tch:cpu"));
-    names.extend(cfg!(feature = "cubecl-cpu").then_some("cube-cpu"));
-    assert!(!names.is_empty(), "build with --features flex, tch, or both");
-    names.into_iter().map(|name| open_device(name).unwrap()).collect()
+    let devices = open_devices();
+    assert!(!devices.is_empty(), "build with --features flex, tch, or both");
+    devices.into_iter().map(|(_, device)| device).collect()
 }
 
 fn decoder(name: &str, device: &Device) -> (Base, Decoder) {

@@ -12,11 +12,9 @@ use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Cube, Dispatch, DispatchDevice, TensorMetadata, backend_extension};
 use burn::tensor::{Bytes, DType, Device, Int, Shape, Tensor, TensorData};
-use burn_cubecl::cubecl::client::Client;
-use burn_cubecl::cubecl::ir::{AddressType, ElemType, FloatKind};
+use burn_cubecl::cubecl::ir::AddressType;
 use burn_cubecl::cubecl::prelude::{BufferArg, CubeDim};
 use burn_cubecl::cubecl::{calculate_cube_count_elemwise, tensor_vector_size_parallel};
-use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 use burn_cubecl::kernel::{cast, into_contiguous, slice};
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::{CubeDevice, tensor::CubeTensor};
@@ -24,6 +22,7 @@ use burn_cubecl::{CubeDevice, tensor::CubeTensor};
 use self::decode::{Kept, NF4_TABLE, PlaceLaunch, spell_out};
 use super::weight::{LARGEST_DENSE, dense_rows};
 use super::{DYNAMIC_MAP, Format, FrozenMatrix, NF4_CODEBOOK, Nf4Scales, Precision};
+use crate::card::{element, factor_type, multiply};
 use crate::direction::Direction;
 
 /// Numbers that every format has under one scale, where they begin at a multiple of as many.
@@ -194,31 +193,6 @@ impl CubeMatrix {
     }
 }
 
-/// `a b` in float32.
-///
-/// # Panics
-/// Where no kernel fits, as burn's own products do.
-fn multiply(a: CubeTensor, b: CubeTensor) -> CubeTensor {
-    match matmul(a, b, None, MatmulStrategy::default(), DType::F32) {
-        Ok(product) => product,
-        Err(e) => panic!("a product on the graphics card: {e:?}"),
-    }
-}
-
-/// bf16 where the card has an instruction that multiplies it and sums in float32, and where
-/// `precision` allows it.
-fn factor_type(precision: Precision, client: &Client) -> DType {
-    let (bf16, f32) = (element(DType::BF16), ElemType::Float(FloatKind::F32));
-    let matmul = &client.features().matmul;
-    let fast = matmul.cmma.iter().chain(&matmul.mma);
-    let fast = fast.into_iter().any(|mma| mma.a_type == bf16 && mma.b_type == bf16 && mma.cd_type == f32);
-    if precision == Precision::Bf16 && fast { DType::BF16 } else { DType::F32 }
-}
-
-fn element(dtype: DType) -> ElemType {
-    burn::backend::cubecl::dtype_to_storage_type(dtype)
-}
-
 /// What the kernel looks codes up in: nothing but for NF4.
 fn nf4_table(w: &FrozenMatrix) -> Vec<u8> {
     let Some(scales) = w.nf4_scales() else { return Vec::new() };
@@ -258,6 +232,7 @@ impl FrozenRows for Cube {
 }
 
 #[cfg(all(test, feature = "cubecl-cpu"))]
+#[allow(clippy::unwrap_used)] // a test reports by panicking
 mod tests {
     use burn::backend::try_read_sync;
 

@@ -8,7 +8,7 @@ mod cross_entropy;
 mod dropout;
 mod features;
 mod frozen_formats;
-#[cfg(feature = "cubecl-cpu")]
+#[cfg(any(feature = "cubecl-cpu", feature = "cuda"))]
 mod frozen_on_cards;
 mod frozen_products;
 mod lent;

@@ -1,18 +1,25 @@
 //! Devices, numbers, and the comparison of an operation with its float64 reference.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_kernels::{DeviceError, Tracked, open_device, pull_back};
+use pronk_kernels::{Tracked, open_devices, pull_back};
 
 /// Of the largest expected number.
 pub const TOLERANCE: f64 = 1e-4;
 
-/// Every CPU device that this build has, with its name; there is at least one.
-pub fn devices() -> Vec<(&'static str, Device)> {
-    let open = |name| match open_device(name) {
-        Err(DeviceError::NotCompiledIn { .. }) => None,
-        device => Some((name, device.unwrap())),
-    };
-    let devices: Vec<_> = ["cpu", "tch:cpu"].into_iter().filter_map(open).collect();
+/// Every device that this build has and this machine, with its name, or those whose names `PRONK_TEST_DEVICES` holds.
+/// There is at least one.
+pub fn devices() -> Vec<(String, Device)> {
+    let mut devices = all_devices();
+    devices.retain(|(name, _)| name != "cube-cpu");
+    devices
+}
+
+/// The same with CubeCL's CPU runtime, for small shapes: there a product takes seconds.
+fn all_devices() -> Vec<(String, Device)> {
+    let mut devices = open_devices();
+    if let Ok(wanted) = std::env::var("PRONK_TEST_DEVICES") {
+        devices.retain(|(name, _)| wanted.split(',').any(|wanted| wanted == name));
+    }
     assert!(!devices.is_empty(), "these tests need a CPU backend: --features flex, or tch");
     devices
 }
@@ -105,7 +112,7 @@ pub fn check<const D: usize, const E: usize>(
     };
     let gradients: Vec<Vec<f64>> = (0..inputs.len()).map(gradient_at).collect();
 
-    for (name, device) in devices() {
+    for (name, device) in all_devices() {
         let plain: Vec<Tensor<D>> = inputs.iter().map(|input| input.on(&device)).collect();
         let result = operation(&plain);
         assert_close(&format!("{what} on {name}"), &host(&result), &expected);

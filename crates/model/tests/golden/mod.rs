@@ -3,22 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{DeviceError, open_device};
+use pronk_kernels::open_devices;
 use safetensors::SafeTensors;
 
-/// Every CPU device that this build has, with its name; there is at least one.
-pub fn devices() -> Vec<(&'static str, Device)> {
-    let open = |name| match open_device(name) {
-        Err(DeviceError::NotCompiledIn { .. }) => None,
-        device => Some((name, device.expect("a device that is compiled in"))),
-    };
-    let names = [
-        "cpu",
-        "tch:cpu",
-        #[cfg(feature = "cubecl-cpu")]
-        "cube-cpu",
-    ];
-    let devices: Vec<_> = names.into_iter().filter_map(open).collect();
+/// Every device that this build has and this machine, with its name; there is at least one.
+pub fn devices() -> Vec<(String, Device)> {
+    let devices = open_devices();
     assert!(!devices.is_empty(), "these tests need a CPU backend: --features flex, or tch");
     devices
 }
