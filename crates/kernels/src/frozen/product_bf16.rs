@@ -47,16 +47,21 @@ pub(super) fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Uni
                     let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
                     for side in 0..blocks {
                         let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
-                        let sums = &mut sums[block * BLOCK * columns + side * BLOCK..];
-                        multiplier.multiply_block(strips, pass == 0, sums, columns);
+                        let sums = &mut sums[(block * columns + side * BLOCK) * BLOCK..][..BLOCK * BLOCK];
+                        multiplier.multiply_block(strips, pass == 0, sums, BLOCK);
                     }
                 }
             }
             for token in 0..x.len() / left.width {
-                // SAFETY: these columns of the output are this task's alone.
-                #[allow(unsafe_code)]
-                unsafe {
-                    y.write(token, &here, &sums[token * columns..][..here.len()]);
+                let rows =
+                    sums[token / BLOCK * BLOCK * columns + token % BLOCK * BLOCK..].chunks(BLOCK * BLOCK);
+                for (first, row) in here.clone().step_by(BLOCK).zip(rows) {
+                    let part = first..here.end.min(first + BLOCK);
+                    // SAFETY: these columns of the output are this task's alone.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        y.write(token, &part, &row[..part.len()]);
+                    }
                 }
             }
         });
