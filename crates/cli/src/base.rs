@@ -8,8 +8,8 @@ use hf_hub::RepoType;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{PromptTemplate, TextTokenizer};
 use pronk_kernels::open_device;
-use pronk_lora::{ADAPTER_WEIGHTS, Adapter, quantized_bits_of, vocab_size_of};
-use pronk_model::{Base, Decoder, LoadConfig, ModelError, Origin, Scheme, quantized};
+use pronk_lora::{ADAPTER_WEIGHTS, Adapter, loftq_config_of, vocab_size_of};
+use pronk_model::{Base, Decoder, LoadConfig, ModelError, Origin, Quantization, Scheme, quantized};
 
 use crate::gguf_keys::vocabulary;
 use crate::hub::Pinned;
@@ -142,9 +142,13 @@ impl OpenedBase {
 
     /// The same with its linear layers quantized, out of the cache, or with a bar while that is
     /// made. Nothing where `stop` was set meanwhile.
-    pub fn quantized(self, scheme: Scheme, stop: &AtomicBool) -> Result<Option<Self>> {
-        let Some((quantized, origin)) = self.quantize(scheme, stop)? else { return Ok(None) };
+    pub fn quantized(self, quantization: &Quantization, stop: &AtomicBool) -> Result<Option<Self>> {
+        let Some((quantized, origin)) = self.quantize(quantization, stop)? else { return Ok(None) };
         let path = quantized.base.path.display();
+        let mut scheme = quantization.scheme.to_string();
+        if !quantization.skip_modules.is_empty() {
+            scheme += &format!(", but for {}", quantization.skip_modules.join(", "));
+        }
         match origin {
             Origin::AsItWas => print(&format!("base      it is quantized to {scheme} as it is\n")),
             Origin::Cache => print(&format!("base      quantized to {scheme}, from {path}\n")),
@@ -188,22 +192,23 @@ impl OpenedBase {
     }
 
     fn quantized_for(self, dir: &Path) -> Result<Self> {
-        let Some(bits) = quantized_bits_of(dir).into_diagnostic()? else { return Ok(self) };
-        let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.bits() == bits);
+        let Some(of) = loftq_config_of(dir).into_diagnostic()? else { return Ok(self) };
+        let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.bits() == of.loftq_bits);
         let (Some(scheme), None) = (scheme, self.base.quantization()) else { return Ok(self) };
         say(&format!(
             "note: {} belongs to {} quantized to {scheme}, which is taken",
             dir.display(),
             self.name
         ));
-        let quantized = self.quantize(scheme, &AtomicBool::new(false))?;
+        let quantization = Quantization { scheme, skip_modules: of.skip_modules };
+        let quantized = self.quantize(&quantization, &AtomicBool::new(false))?;
         quantized.map(|(quantized, _)| quantized).ok_or_else(|| miette!("stopped"))
     }
 
-    fn quantize(mut self, scheme: Scheme, stop: &AtomicBool) -> Result<Option<(Self, Origin)>> {
+    fn quantize(mut self, quantization: &Quantization, stop: &AtomicBool) -> Result<Option<(Self, Origin)>> {
         let cache = cache_dir()?;
         let bar = progress::bar("quantizing megabytes", 0);
-        let found = quantized(&self.base, scheme, &cache, |done, total| {
+        let found = quantized(&self.base, quantization.clone(), &cache, |done, total| {
             bar.set_length(total / 1_000_000);
             bar.set_position(done / 1_000_000);
             if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

@@ -84,9 +84,9 @@ impl LoadedRun {
         opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
         let stop = stop_on_signal("finishing this step, then saving")?;
         let lock = RunLock::new(&recipe, LockedFile::of_base(&opened.base)?)?;
-        let opened = match recipe.base.quantize.scheme() {
+        let opened = match recipe.base.quantization(recipe.base.quantize) {
             None => opened,
-            Some(scheme) => match opened.quantized(scheme, &stop)? {
+            Some(quantization) => match opened.quantized(&quantization, &stop)? {
                 Some(opened) => opened,
                 None => return Ok(None),
             },

@@ -169,7 +169,7 @@ impl<'a> Making<'a> {
     }
 
     /// How the base is quantized that the adapter started from (`LoftQ`, `QERA`), and how transformers is told.
-    fn quantized(&self) -> Option<(&'static str, &'static str)> {
+    fn quantized(&self) -> Option<(String, String)> {
         quantized(&self.adapter)
     }
 
@@ -343,11 +343,21 @@ impl<'a> Making<'a> {
 }
 
 /// How the base is quantized that an adapter started from, and how transformers is told.
-fn quantized(adapter: &Adapter) -> Option<(&'static str, &'static str)> {
-    adapter.config.loftq_config.map(|loftq| match loftq.loftq_bits {
+fn quantized(adapter: &Adapter) -> Option<(String, String)> {
+    let loftq = adapter.config.loftq_config.as_ref()?;
+    let (how, told) = match loftq.loftq_bits {
         4 => ("NF4", "load_in_4bit=True, bnb_4bit_quant_type=\"nf4\", bnb_4bit_use_double_quant=True"),
         _ => ("int8", "load_in_8bit=True"),
-    })
+    };
+    let skipped = &loftq.skip_modules;
+    if skipped.is_empty() {
+        return Some((how.to_owned(), told.to_owned()));
+    }
+    let names = serde_json::to_string(skipped).unwrap_or_default();
+    Some((
+        format!("{how}, but for {}", skipped.join(", ")),
+        format!("{told}, llm_int8_skip_modules={}", names.replace("\"]", "\", \"lm_head\"]")),
+    ))
 }
 
 /// What the hub reads of a card, and its title.

@@ -7,7 +7,7 @@ use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{Columns, DataFile, Learn, MicroBatches, Order, PrepareConfig, RecordFormat, RowConfig};
 use pronk_kernels::Precision;
 use pronk_lora::{InitLoraWeights, LoraConfig};
-use pronk_model::{LoadConfig, Residency, Scheme};
+use pronk_model::{LoadConfig, Quantization, Residency, Scheme};
 use pronk_train::TrainConfig;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use toml::{Table, Value};
@@ -33,6 +33,9 @@ pub struct BaseTable {
     pub path: String,
     /// What the linear layers of the blocks are quantized to before training; kept in a cache.
     pub quantize: Quantize,
+    /// Linear layers that stay in 16 bits where the others are quantized.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub skip_modules: Vec<String>,
     /// What the factors of products with the base are rounded to.
     pub compute: Compute,
     /// "streamed" reads the blocks from the disk while it computes: a base of any size fits.
@@ -44,6 +47,7 @@ impl Default for BaseTable {
         Self {
             path: String::new(),
             quantize: Quantize::None,
+            skip_modules: Vec::new(),
             compute: Compute::Auto,
             weights: Residency::Resident,
         }
@@ -51,6 +55,12 @@ impl Default for BaseTable {
 }
 
 impl BaseTable {
+    /// How its linear layers are quantized with `quantize`, if they are.
+    pub fn quantization(&self, quantize: Quantize) -> Option<Quantization> {
+        let scheme = quantize.scheme()?;
+        Some(Quantization { scheme, skip_modules: self.skip_modules.clone() })
+    }
+
     /// What the model crate needs of it.
     pub fn load_config(&self) -> LoadConfig {
         let precision = match self.compute {
@@ -73,7 +83,7 @@ pub enum Quantize {
 
 impl Quantize {
     /// What the model crate needs of it.
-    pub fn scheme(self) -> Option<Scheme> {
+    fn scheme(self) -> Option<Scheme> {
         match self {
             Self::None => None,
             Self::Nf4 => Some(Scheme::Nf4),
@@ -201,7 +211,8 @@ impl Default for RunTable {
 }
 
 /// Knobs that stand in no default, because they are off, or found when the run starts.
-const OPTIONAL: [(&str, &str); 6] = [
+const OPTIONAL: [(&str, &str); 7] = [
+    ("base", "skip_modules"),
     ("data", "max_seq_len"),
     ("lora", "init_adapter"),
     ("lora", "loftq_config"),
@@ -260,6 +271,10 @@ impl Recipe {
             train: train?,
             run: run?,
         };
+        if !recipe.base.skip_modules.is_empty() && recipe.base.quantize == Quantize::None {
+            problems
+                .push("base.skip_modules: expected base.quantize = \"nf4\" or \"int8\" beside it".to_owned());
+        }
         problems.extend(recipe.start_problem());
         let missing = [
             (recipe.base.path.is_empty(), "base.path", "a Hugging Face directory, a .gguf file, or a hub id"),

@@ -3,7 +3,7 @@
 
 use miette::{IntoDiagnostic, Result};
 use pronk_data::{MicroBatches, PrepareConfig, PreparedDataset, PromptTemplate, key};
-use pronk_model::{DecoderConfig, LoadConfig, Memory, Residency, Scheme, WeightBytes};
+use pronk_model::{DecoderConfig, LoadConfig, Memory, Residency, WeightBytes};
 use pronk_train::{MemoryPlan, Plan, Shapes};
 
 use crate::base::OpenedBase;
@@ -79,9 +79,9 @@ pub fn shapes(
     (quantize, weights): (Quantize, Residency),
     memory: Memory,
 ) -> Result<Shapes> {
-    let format = quantize.scheme().map(Scheme::format);
+    let quantization = recipe.base.quantization(quantize);
     let config = LoadConfig { weights, ..recipe.base.load_config() };
-    let bytes = WeightBytes::of(&opened.base, config, format, memory).into_diagnostic()?;
+    let bytes = WeightBytes::of(&opened.base, config, quantization.as_ref(), memory).into_diagnostic()?;
     let model = DecoderConfig { vocab_size: opened.vocab_size, ..opened.base.config.clone() };
     Shapes::new(&model, bytes, &recipe.lora.config).into_diagnostic()
 }

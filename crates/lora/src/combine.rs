@@ -63,7 +63,7 @@ impl Adapter {
 /// Adapters that started from what the base lost when it was quantized (`LoftQ`) make up for that loss, each of them: they
 /// add up with their like alone, and where it is made up for once.
 fn check_starts(adapters: &[(&Adapter, f64)]) -> Result<(), LoraError> {
-    let mut started = adapters.iter().map(|(adapter, _)| adapter.config.loftq_config);
+    let mut started = adapters.iter().map(|(adapter, _)| &adapter.config.loftq_config);
     let Some(first) =
         started.next().filter(|_| adapters.iter().any(|(a, _)| a.config.loftq_config.is_some()))
     else {

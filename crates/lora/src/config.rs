@@ -158,11 +158,11 @@ impl LoraConfig {
             let found = format!("true with init_lora_weights = \"{}\"", self.init_lora_weights);
             return refuse("use_dora", "false where the factors start from the base's own weight", found);
         }
-        match self.loftq_config {
-            Some(LoftQConfig { loftq_bits, .. }) if ![4, 8].contains(&loftq_bits) => {
+        match &self.loftq_config {
+            Some(LoftQConfig { loftq_bits, .. }) if ![4, 8].contains(loftq_bits) => {
                 return refuse("loftq_config.loftq_bits", "4 (nf4) or 8 (int8)", loftq_bits.to_string());
             }
-            Some(LoftQConfig { loftq_iter, .. }) if loftq_iter != 1 => {
+            Some(LoftQConfig { loftq_iter, .. }) if *loftq_iter != 1 => {
                 let expected = "1: the base is quantized once, for every run over it";
                 return refuse("loftq_config.loftq_iter", expected, loftq_iter.to_string());
             }

@@ -99,7 +99,7 @@ impl TryFrom<Given> for InitLoraWeights {
 }
 
 /// `loftq_config`: set where the adapter belongs to a quantized base, not to the base as it was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoftQConfig {
     /// Bits that the base is quantized to.
@@ -107,6 +107,9 @@ pub struct LoftQConfig {
     /// How often base and factors were fitted to each other.
     #[serde(default = "once")]
     pub loftq_iter: usize,
+    /// Layers of it that were left in 16 bits. PEFT does not know of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skip_modules: Vec<String>,
 }
 
 fn once() -> usize {

@@ -31,7 +31,7 @@ pub use factors::{LowRankFactors, low_rank_factors, low_rank_factors_over};
 pub use init::{InitLoraWeights, LoftQConfig};
 pub use linear::{ForwardMode, LayerInputs, LoraLinear, low_rank_update};
 pub use patterns::Patterns;
-pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, base_of, quantized_bits_of, vocab_size_of};
+pub use peft::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, base_of, loftq_config_of, vocab_size_of};
 pub use start::StartFactors;
 pub use summary::ModuleSummary;
 pub use tensors::{TensorKind, TensorName};

@@ -3,7 +3,7 @@
 
 mod config_file;
 
-pub use config_file::{base_of, quantized_bits_of};
+pub use config_file::{base_of, loftq_config_of};
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};

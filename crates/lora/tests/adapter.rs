@@ -10,7 +10,7 @@ use half::bf16;
 use pronk_kernels::{Dropout, DropoutKey, FrozenLinear, open_devices};
 use pronk_lora::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, ForwardMode, InitLoraWeights, LoftQConfig, LoraConfig,
-    LoraError, LoraLinear, LoraPair, ModuleNames, ModuleShape, PartOf, TargetModules, quantized_bits_of,
+    LoraError, LoraLinear, LoraPair, ModuleNames, ModuleShape, PartOf, TargetModules, loftq_config_of,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -195,16 +195,16 @@ fn a_gaussian_start_is_one() {
 
 #[test]
 fn a_quantized_base_is_told_as_peft_can_read_it() {
-    let loftq = LoftQConfig { loftq_bits: 4, loftq_iter: 1 };
-    let config = LoraConfig { loftq_config: Some(loftq), ..LoraConfig::default() };
+    let loftq = LoftQConfig { loftq_bits: 4, loftq_iter: 1, skip_modules: Vec::new() };
+    let config = LoraConfig { loftq_config: Some(loftq.clone()), ..LoraConfig::default() };
     let adapter = Adapter::init(&config, &modules(), 3, &device()).unwrap();
     let dir = TempDir::new().unwrap();
     adapter.save(dir.path(), "base", true).unwrap();
     let file = config_of(dir.path());
     assert_eq!(file["init_lora_weights"], true, "PEFT must not quantize the base once more");
     assert_eq!(file["loftq_config"], json!({"loftq_bits": 4, "loftq_iter": 1}));
-    assert_eq!(quantized_bits_of(dir.path()).unwrap(), Some(4));
-    assert_eq!(quantized_bits_of(&golden("gqa")).unwrap(), None);
+    assert_eq!(loftq_config_of(dir.path()).unwrap(), Some(loftq));
+    assert_eq!(loftq_config_of(&golden("gqa")).unwrap(), None);
 }
 
 #[test]

@@ -118,7 +118,7 @@ fn what_is_trained_whole_does_not_add_up() {
 #[test]
 fn starts_from_what_was_lost_add_up_with_their_like() {
     let mut lost = golden("gqa");
-    lost.config.loftq_config = Some(LoftQConfig { loftq_bits: 4, loftq_iter: 1 });
+    lost.config.loftq_config = Some(LoftQConfig { loftq_bits: 4, loftq_iter: 1, skip_modules: Vec::new() });
     let plain = golden("gqa");
     let combined =
         |parts: &[(&Adapter, f64)]| Adapter::combine(parts, Combination::Cat).map_err(|e| e.to_string());

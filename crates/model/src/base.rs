@@ -7,7 +7,7 @@ use pronk_kernels::{Format, FrozenMatrix};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use crate::bitsandbytes::stored_scheme;
+use crate::bitsandbytes::{stored_scheme, stored_skip_modules};
 use crate::config::{EMBEDDINGS, HEAD};
 use crate::mapped::Pages;
 use crate::safetensors_files::SafetensorsFiles;
@@ -22,6 +22,7 @@ pub struct Base {
     /// What the decoder looks like.
     pub config: DecoderConfig,
     weights: Weights,
+    skip_modules: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -51,13 +52,14 @@ impl Base {
             let config = DecoderConfig::from_json(&text)
                 .map_err(|problems| ModelError::Unsupported { path: file, problems })?;
             let mut files = SafetensorsFiles::open(path)?;
-            if let Some(scheme) = quantization_of(&text) {
+            if let Some(scheme) = scheme_of(&text) {
                 files.gather(scheme);
             }
-            Self { path: path.into(), config, weights: Weights::Safetensors(files) }
+            let skip_modules = json_of(&text).map_or(Vec::new(), |config| stored_skip_modules(&config));
+            Self { path: path.into(), config, weights: Weights::Safetensors(files), skip_modules }
         } else if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) && path.exists() {
             let (file, config) = GgufFile::open(path)?;
-            Self { path: path.into(), config, weights: Weights::Gguf(file) }
+            Self { path: path.into(), config, weights: Weights::Gguf(file), skip_modules: Vec::new() }
         } else {
             let found = if path.exists() { "another kind of file" } else { "nothing" };
             return Err(ModelError::NoBase {
@@ -121,13 +123,26 @@ impl Base {
     /// The formats that the linear layers of the blocks are quantized in, such as `nf4` or
     /// `Q4_K, Q6_K`; `None` where none is quantized.
     pub fn quantization(&self) -> Option<String> {
-        let format = |name: String| match &self.weights {
-            Weights::Safetensors(files) => files.quantization(&name).map(|format| format.to_string()),
-            Weights::Gguf(file) => file.quantization(&name),
-        };
         let names = self.config.linear_modules().into_iter().map(|module| format!("{}.weight", module.name));
-        let formats: BTreeSet<String> = names.filter_map(format).collect();
+        let formats: BTreeSet<String> = names.filter_map(|name| self.quantization_of(&name)).collect();
         (!formats.is_empty()).then(|| formats.into_iter().collect::<Vec<_>>().join(", "))
+    }
+
+    fn quantization_of(&self, name: &str) -> Option<String> {
+        match &self.weights {
+            Weights::Safetensors(files) => files.quantization(name).map(|format| format.to_string()),
+            Weights::Gguf(file) => file.quantization(name),
+        }
+    }
+
+    /// Whether the matrix called `name` is quantized.
+    pub(crate) fn is_quantized(&self, name: &str) -> bool {
+        self.quantization_of(name).is_some()
+    }
+
+    /// Of a quantized base, the linear layers that were left as they were, as its `config.json` names them.
+    pub fn skip_modules(&self) -> &[String] {
+        &self.skip_modules
     }
 
     /// What a user should know about this base, if there is anything.
@@ -228,7 +243,10 @@ impl Base {
 }
 
 /// How the weights beside this `config.json`, which has been checked, are quantized.
-fn quantization_of(config: &[u8]) -> Option<Scheme> {
-    let config: Map<String, Value> = serde_json::from_slice(config).ok()?;
-    stored_scheme(&config).ok()?
+fn scheme_of(config: &[u8]) -> Option<Scheme> {
+    stored_scheme(&json_of(config)?).ok()?
+}
+
+fn json_of(config: &[u8]) -> Option<Map<String, Value>> {
+    serde_json::from_slice(config).ok()
 }

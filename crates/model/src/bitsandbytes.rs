@@ -5,15 +5,19 @@ use bytes::Bytes;
 use pronk_kernels::{
     DYNAMIC_MAP, FrozenError, FrozenMatrix, NF4_CODEBOOK, Nf4Parts, Nf4QuantState, Nf4Scales,
 };
+use pronk_lora::LM_HEAD;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use crate::Scheme;
 use crate::mapped::Pages;
 use crate::safetensors_files::SafetensorsFiles;
+use crate::{Quantization, Scheme};
 
 /// The key in `config.json`.
 pub const QUANTIZATION_CONFIG: &str = "quantization_config";
+
+/// In it, the modules that are not quantized, in 4 bits either.
+const SKIP_MODULES: &str = "llm_int8_skip_modules";
 
 /// What stands behind the weight's name in NF4.
 pub const ABSMAX: &str = ".absmax";
@@ -48,8 +52,17 @@ pub fn stored_scheme(config: &Map<String, Value>) -> Result<Option<Scheme>, Stri
     }
 }
 
-/// What `config.json` says about weights quantized to `scheme`, as transformers reads it.
-pub fn quantization_config(scheme: Scheme) -> Value {
+/// The layers of the blocks that the weights' `config.json` says have been left as they were.
+pub fn stored_skip_modules(config: &Map<String, Value>) -> Vec<String> {
+    let names = config.get(QUANTIZATION_CONFIG).and_then(|found| found.get(SKIP_MODULES)?.as_array());
+    let names = names.into_iter().flatten().filter_map(Value::as_str);
+    names.filter(|name| *name != LM_HEAD).map(str::to_owned).collect()
+}
+
+/// What `config.json` says about weights that were quantized so, as transformers reads it.
+pub fn quantization_config(quantization: &Quantization) -> Value {
+    let Quantization { scheme, skip_modules } = quantization;
+    let scheme = *scheme;
     let mut config = json!({
         "quant_method": "bitsandbytes",
         "load_in_4bit": scheme == Scheme::Nf4,
@@ -60,6 +73,11 @@ pub fn quantization_config(scheme: Scheme) -> Value {
         config["bnb_4bit_use_double_quant"] = true.into();
         config["bnb_4bit_compute_dtype"] = "bfloat16".into();
         config["bnb_4bit_quant_storage"] = "uint8".into();
+    }
+    if !skip_modules.is_empty() {
+        // Without a list, the head is left out by itself.
+        let names = skip_modules.iter().map(String::as_str).chain([LM_HEAD]);
+        config[SKIP_MODULES] = names.collect();
     }
     config
 }

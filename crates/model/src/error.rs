@@ -69,6 +69,17 @@ pub enum ModelError {
         /// The schemes there are.
         known: String,
     },
+    /// A layer to be left in 16 bits that there is not.
+    #[error(
+        "skip_modules: expected names of the base's linear layers, or what they begin or end with, found '{found}'\n  \
+         such as: {known}"
+    )]
+    UnknownModule {
+        /// What was asked for.
+        found: String,
+        /// The short names there are.
+        known: String,
+    },
     /// A base to quantize that is quantized already.
     #[error(
         "{path}: expected weights of 16 or 32 bits to quantize to {wanted}, found {found}; a quantized base is used as \

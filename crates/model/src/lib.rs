@@ -44,7 +44,7 @@ pub use gguf::{GgufAdapter, GgufFile, GgufPair, GgufTensor, GgufWriter, Value as
 pub use host_tensor::HostTensor;
 pub use layout::Layout;
 pub use loader::{LoadConfig, Memory, Residency, WeightBytes};
-pub use quantize::{Origin, QuantizedBase, Scheme, quantized};
+pub use quantize::{Origin, Quantization, QuantizedBase, Scheme, quantized};
 pub use staging::Staging;
 pub use start::StartWeights;
 pub use synth::{SHAPES, Shape, synthesize};

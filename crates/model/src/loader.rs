@@ -13,7 +13,7 @@ use crate::decoder::Streamed;
 use crate::family::Norms;
 use crate::mapped::Pages;
 use crate::projections::Projections;
-use crate::{Base, Block, ModelError};
+use crate::{Base, Block, ModelError, Quantization};
 
 /// How a decoder holds its weights and multiplies with them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,12 +90,11 @@ pub struct WeightBytes {
 }
 
 impl WeightBytes {
-    /// As `base` keeps them, or with the linear layers of its blocks in `format`. Nothing is read
-    /// beyond headers.
+    /// As `base` keeps them, or quantized. Nothing is read beyond headers.
     pub fn of(
         base: &Base,
         config: LoadConfig,
-        format: Option<Format>,
+        quantization: Option<&Quantization>,
         memory: Memory,
     ) -> Result<Self, ModelError> {
         let (mut blocks, mut rest, mut dense) = (vec![0; base.config.num_hidden_layers], 0, 0);
@@ -103,9 +102,13 @@ impl WeightBytes {
         for (name, shape) in base.config.tensors() {
             let block = (0..blocks.len()).find(|&layer| name.starts_with(&block_prefix(layer)));
             let bytes = if let &[rows, cols] = &shape[..] {
-                let (kept, bytes) = match format.filter(|_| block.is_some()) {
-                    Some(format) => (format, format.bytes_for(rows, cols)),
-                    None => config.kept(&base.matrix(&name)?, memory),
+                let matrix = base.matrix(&name)?;
+                let (kept, bytes) = match quantization {
+                    Some(quantization) => {
+                        let format = quantization.format_of(&name, matrix.format());
+                        (format, format.bytes_for(rows, cols))
+                    }
+                    None => config.kept(&matrix, memory),
                 };
                 if memory == Memory::Card && (block.is_some() || name == head) {
                     dense = dense.max(dense_bytes_on_card(kept, [rows, cols], config.precision));

@@ -6,6 +6,7 @@ mod manifest;
 mod stream;
 mod tensor;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::ops::ControlFlow;
@@ -81,6 +82,58 @@ impl FromStr for Scheme {
     }
 }
 
+/// What becomes of a base's linear layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quantization {
+    /// What they are quantized to.
+    pub scheme: Scheme,
+    /// Which of them stay in 16 bits: those whose names begin or end so, as transformers understands
+    /// `llm_int8_skip_modules`.
+    pub skip_modules: Vec<String>,
+}
+
+impl From<Scheme> for Quantization {
+    fn from(scheme: Scheme) -> Self {
+        Self { scheme, skip_modules: Vec::new() }
+    }
+}
+
+impl Quantization {
+    /// What the tensor called `name`, a matrix of a block or none, is quantized to.
+    pub(crate) fn of(&self, name: &str) -> Option<Scheme> {
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        let skipped = self.skip_modules.iter().any(|skip| module.ends_with(skip) || module.starts_with(skip));
+        (name.starts_with("model.layers.") && !skipped).then_some(self.scheme)
+    }
+
+    /// The format that a matrix of the base, which has it in `format`, will be kept in.
+    pub(crate) fn format_of(&self, name: &str, format: Format) -> Format {
+        match (self.of(name), format) {
+            (Some(scheme), _) => scheme.format(),
+            (None, Format::F32) => Format::Bf16,
+            (None, kept) => kept,
+        }
+    }
+
+    /// Refuses to skip what is not there.
+    fn check(&self, base: &Base) -> Result<(), ModelError> {
+        let modules = base.config.linear_modules();
+        let matches =
+            |skip: &String| modules.iter().any(|m| m.name.ends_with(skip) || m.name.starts_with(skip));
+        match self.skip_modules.iter().find(|skip| skip.is_empty() || !matches(skip)) {
+            None => Ok(()),
+            Some(skip) => {
+                let names = modules.iter().filter_map(|module| module.name.rsplit('.').next());
+                let known: BTreeSet<&str> = names.collect();
+                Err(ModelError::UnknownModule {
+                    found: skip.clone(),
+                    known: known.into_iter().collect::<Vec<_>>().join(", "),
+                })
+            }
+        }
+    }
+}
+
 /// A base whose blocks' linear layers are quantized, and where it comes from.
 #[derive(Debug)]
 pub struct QuantizedBase {
@@ -103,8 +156,8 @@ pub enum Origin {
     QuantizedAnew(String),
 }
 
-/// Quantizes the linear layers of `base`'s blocks to `scheme`, once: what comes of it is kept in a
-/// directory in `cache`, and opened from there, mapped, ever after. Embeddings and head are kept
+/// Quantizes the linear layers of `base`'s blocks, once: what comes of it is kept in a
+/// directory in `cache`, and opened from there, mapped, ever after. Embeddings, head and skipped layers are kept
 /// in 16 bits, norms and biases as they are.
 ///
 /// One tensor at a time is in memory. `progress` hears how many bytes of weights are written and
@@ -113,18 +166,21 @@ pub enum Origin {
 /// anew.
 pub fn quantized(
     base: &Base,
-    scheme: Scheme,
+    quantization: impl Into<Quantization>,
     cache: &Path,
     mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<QuantizedBase, ModelError> {
+    let quantization = quantization.into();
+    quantization.check(base)?;
     if let Some(found) = base.quantization() {
-        if base.gguf().is_none() && found == scheme.to_string() {
+        let wanted = quantization.scheme.to_string();
+        let as_it_is = found == wanted && base.skip_modules() == quantization.skip_modules;
+        if base.gguf().is_none() && as_it_is {
             return Ok(QuantizedBase { base: Base::open(&base.path)?, origin: Origin::AsItWas });
         }
-        let (path, wanted) = (base.path.clone(), scheme.to_string());
-        return Err(ModelError::AlreadyQuantized { path, found, wanted });
+        return Err(ModelError::AlreadyQuantized { path: base.path.clone(), found, wanted });
     }
-    let key = Key::of(base, scheme)?;
+    let key = Key::of(base, &quantization)?;
     let dir = cache.join(key.name());
     let mut origin = Origin::Quantized;
     if dir.exists() {
@@ -134,7 +190,7 @@ pub fn quantized(
         }
         fs::remove_dir_all(&dir).map_err(ModelError::io(&dir))?;
     }
-    match write(base, scheme, &dir, &key, &mut progress) {
+    match write(base, &quantization, &dir, &key, &mut progress) {
         // Another process may have been faster: then the same lies there already.
         Err(e @ ModelError::Destination { .. }) => match open(&dir, &key) {
             Ok(base) => Ok(QuantizedBase { base, origin: Origin::Cache }),
@@ -153,18 +209,18 @@ fn open(dir: &Path, key: &Key) -> Result<Base, String> {
 
 fn write(
     base: &Base,
-    scheme: Scheme,
+    quantization: &Quantization,
     dir: &Path,
     key: &Key,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<(), ModelError> {
-    let tensors = plan(base, scheme)?;
+    let tensors = plan(base, quantization)?;
     let mut stream = QuantizedStream::new(&base.path, &tensors);
     let specs = stream.specs();
     let total = specs.iter().map(|spec| spec.bytes() as u64).sum();
     let staging = Staging::beside(dir, None)?;
     let mut writer = WeightsWriter::new(&staging, ShardSpec::split(specs, SHARD_BYTES));
-    staging.add_file("config.json", format!("{:#}\n", config_json(base, scheme)?).as_bytes())?;
+    staging.add_file("config.json", format!("{:#}\n", config_json(base, quantization)?).as_bytes())?;
     for file in key::companions(base) {
         let bytes = fs::read(&file).map_err(ModelError::io(&file))?;
         staging.add_file(&file.file_name().unwrap_or_default().to_string_lossy(), &bytes)?;
@@ -187,7 +243,7 @@ fn write(
 }
 
 /// How the base's tensors are going to be kept.
-fn plan(base: &Base, scheme: Scheme) -> Result<Vec<QuantizedTensor>, ModelError> {
+fn plan(base: &Base, quantization: &Quantization) -> Result<Vec<QuantizedTensor>, ModelError> {
     let tensor = |(name, shape): (String, Vec<usize>)| {
         let source = match (base.gguf(), &shape[..]) {
             // `read` would give them in float32.
@@ -198,13 +254,13 @@ fn plan(base: &Base, scheme: Scheme) -> Result<Vec<QuantizedTensor>, ModelError>
             },
             _ => base.dtype_of(&name)?,
         };
-        Ok(QuantizedTensor::new(scheme, name, shape, source))
+        Ok(QuantizedTensor::new(quantization.of(&name), name, shape, source))
     };
     base.config.tensors().into_iter().map(tensor).collect()
 }
 
 /// The base's configuration, and how its weights are quantized now.
-fn config_json(base: &Base, scheme: Scheme) -> Result<Value, ModelError> {
+fn config_json(base: &Base, quantization: &Quantization) -> Result<Value, ModelError> {
     let mut config: Value = if base.gguf().is_some() {
         base.config.to_json("bfloat16")
     } else {
@@ -218,6 +274,6 @@ fn config_json(base: &Base, scheme: Scheme) -> Result<Value, ModelError> {
             config[key] = "bfloat16".into();
         }
     }
-    config[QUANTIZATION_CONFIG] = quantization_config(scheme);
+    config[QUANTIZATION_CONFIG] = quantization_config(quantization);
     Ok(config)
 }

@@ -50,7 +50,7 @@ impl Decoder {
         };
         let loftq_config = match lost {
             Some(_) => Some(loftq_config(config, weights.base)?),
-            None => config.loftq_config,
+            None => config.loftq_config.clone(),
         };
         let config = LoraConfig { loftq_config, ..config.clone() };
         let modules = self.config.adapter_modules();
@@ -60,6 +60,9 @@ impl Decoder {
             let Some(pair) = adapter.pairs.get_mut(&module.name) else { continue };
             progress(done, total);
             done += 1;
+            if lost.is_some() && !weights.base.is_quantized(&format!("{}.weight", module.layer())) {
+                continue; // nothing was lost there
+            }
             let matrix = match &lost {
                 Some(lost) => lost.by(module, self.device())?,
                 None => weight(weights.base, module, self.device())?,
@@ -106,13 +109,13 @@ fn loftq_config(config: &LoraConfig, base: &Base) -> Result<LoftQConfig, LoraErr
     let quantization = base.quantization().unwrap_or_default();
     let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.to_string() == quantization);
     let loftq_bits = scheme.map_or(0, Scheme::bits);
-    match config.loftq_config {
+    match &config.loftq_config {
         Some(asked) if asked.loftq_bits != loftq_bits => Err(LoraError::Config {
             knob: "loftq_config.loftq_bits",
             expected: format!("{loftq_bits}, as the base is quantized to {quantization}"),
             found: asked.loftq_bits.to_string(),
         }),
-        Some(asked) => Ok(asked),
-        None => Ok(LoftQConfig { loftq_bits, loftq_iter: 1 }),
+        Some(asked) => Ok(LoftQConfig { skip_modules: base.skip_modules().to_vec(), ..asked.clone() }),
+        None => Ok(LoftQConfig { loftq_bits, loftq_iter: 1, skip_modules: base.skip_modules().to_vec() }),
     }
 }

@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::bitsandbytes::{QUANTIZATION_CONFIG, quantization_config};
 use crate::quantize::{QuantizedStream, QuantizedTensor};
-use crate::{CheckpointWriter, DecoderConfig, HostTensor, ModelError, Scheme, WrittenWeights};
+use crate::{CheckpointWriter, DecoderConfig, HostTensor, ModelError, Quantization, Scheme, WrittenWeights};
 
 pub use shapes::{SHAPES, Shape};
 
@@ -51,8 +51,11 @@ pub fn synthesize(
     mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<WrittenWeights, ModelError> {
     check(config, out)?;
-    let tensor = |(name, shape)| match scheme {
-        Some(scheme) => QuantizedTensor::new(scheme, name, shape, Dtype::BF16),
+    let tensor = |(name, shape): (String, Vec<usize>)| match scheme {
+        Some(scheme) => {
+            let scheme = Quantization::from(scheme).of(&name);
+            QuantizedTensor::new(scheme, name, shape, Dtype::BF16)
+        }
         None => QuantizedTensor::dense(name, shape, Dtype::BF16),
     };
     let tensors: Vec<QuantizedTensor> = config.tensors().into_iter().map(tensor).collect();
@@ -99,7 +102,7 @@ fn config_json(config: &DecoderConfig, scheme: Option<Scheme>) -> Value {
         json[key] = id.into();
     }
     if let Some(scheme) = scheme {
-        json[QUANTIZATION_CONFIG] = quantization_config(scheme);
+        json[QUANTIZATION_CONFIG] = quantization_config(&scheme.into());
     }
     json
 }

@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use golden::{Answers, assert_close, devices, host, relative_error, workspace};
-use pronk_kernels::quantize_nf4;
 use pronk_kernels::{DYNAMIC_MAP, NF4_CODEBOOK, Nf4QuantState, Nf4Scales};
+use pronk_kernels::{Format, quantize_nf4};
 use pronk_lora::ForwardMode;
 use pronk_model::{
-    Base, Decoder, LoadConfig, ModelError, Origin, QuantizedBase, Residency, Scheme, quantized,
+    Base, Decoder, LoadConfig, Memory, ModelError, Origin, Quantization, QuantizedBase, Residency, Scheme,
+    WeightBytes, quantized,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -313,6 +314,40 @@ fn what_is_quantized_is_used_as_it_is() {
     let refused = quantized(&base, Scheme::Int8, dir.path(), |_, _| ControlFlow::Continue(())).unwrap_err();
     assert_tells(&refused, &["to quantize to int8, found nf4", "leave quantize out"]);
     assert_eq!(listing(dir.path()).len(), 1);
+}
+
+/// Left as they are in the cache, whose configuration says so, and counted so beforehand.
+#[test]
+fn skipped_layers_stay_in_16_bits() {
+    let dir = TempDir::new().unwrap();
+    let base = tiny("gqa");
+    let skipping = |names: &[&str]| {
+        let skip_modules = names.iter().map(|&name| name.to_owned()).collect();
+        Quantization { scheme: Scheme::Nf4, skip_modules }
+    };
+    let write = |quantization| quantized(&base, quantization, dir.path(), |_, _| ControlFlow::Continue(()));
+    let skips = skipping(&["down_proj", "model.layers.1.self_attn"]);
+    let found = write(skips.clone()).unwrap().base;
+    for module in base.config.linear_modules() {
+        let skipped = module.name.ends_with("down_proj") || module.name.contains("layers.1.self_attn.");
+        let format = found.matrix(&format!("{}.weight", module.name)).unwrap().format();
+        assert_eq!(format, if skipped { Format::Bf16 } else { Format::Nf4 }, "{}", module.name);
+    }
+    let config: Value = serde_json::from_slice(&fs::read(found.path.join("config.json")).unwrap()).unwrap();
+    let names = &config["quantization_config"]["llm_int8_skip_modules"];
+    assert_eq!(names, &json!(["down_proj", "model.layers.1.self_attn", "lm_head"]));
+    assert_eq!(found.skip_modules(), skips.skip_modules);
+
+    let bytes = |base, quantization| {
+        WeightBytes::of(base, LoadConfig::default(), quantization, Memory::Card).unwrap().resident
+    };
+    assert_eq!(bytes(&base, Some(&skips)), bytes(&found, None));
+    assert_eq!(write(skips.clone()).unwrap().origin, Origin::Cache);
+    assert_eq!(write(skipping(&[])).unwrap().origin, Origin::Quantized, "another base");
+    let again = quantized(&found, skips, dir.path(), |_, _| panic!("there is nothing to do")).unwrap();
+    assert_eq!(again.origin, Origin::AsItWas);
+    assert_tells(&write(skipping(&["dwon_proj"])).unwrap_err(), &["'dwon_proj'", "down_proj, gate_proj"]);
+    assert_tells(&write(skipping(&[""])).unwrap_err(), &["found ''"]);
 }
 
 #[test]

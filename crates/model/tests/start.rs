@@ -14,7 +14,9 @@ use pronk_lora::{
     Adapter, ForwardMode, InitLoraWeights, LayerInputs, LoftQConfig, LoraConfig, LoraError, TargetModules,
     low_rank_factors,
 };
-use pronk_model::{Base, Decoder, LoadConfig, ModelError, Residency, Scheme, StartWeights, quantized};
+use pronk_model::{
+    Base, Decoder, LoadConfig, ModelError, Quantization, Residency, Scheme, StartWeights, quantized,
+};
 use tempfile::TempDir;
 
 const IDS: [u32; 9] = [1, 40, 17, 35, 12, 55, 36, 19, 4];
@@ -112,7 +114,7 @@ fn the_start_is_the_best_approximation_of_the_weight_or_of_what_it_lost() {
             let principal = start(InitLoraWeights::Pissa(Some(4)));
             assert_eq!(principal.config.loftq_config, None);
             let loftq = start(InitLoraWeights::LoftQ);
-            let bits = LoftQConfig { loftq_bits: scheme.bits(), loftq_iter: 1 };
+            let bits = LoftQConfig { loftq_bits: scheme.bits(), loftq_iter: 1, skip_modules: Vec::new() };
             assert_eq!(loftq.config.loftq_config, Some(bits));
             for (name, pair) in &loftq.pairs {
                 let (now, before) = (weight(&base, name, &device), weight(&original, name, &device));
@@ -129,6 +131,25 @@ fn the_start_is_the_best_approximation_of_the_weight_or_of_what_it_lost() {
     }
 }
 
+#[test]
+fn what_was_not_quantized_starts_from_nothing() {
+    let cache = TempDir::new().unwrap();
+    let original = open("tiny-gqa");
+    let skip_modules = vec!["down_proj".to_owned()];
+    let quantization = Quantization { scheme: Scheme::Nf4, skip_modules: skip_modules.clone() };
+    let proceed = |_, _| ControlFlow::Continue(());
+    let base = quantized(&original, quantization, cache.path(), proceed).unwrap().base;
+    let decoder = decoder(&base, &devices()[0].1, Residency::Resident);
+    let weights = StartWeights { base: &base, original: Some(&original), records: &[] };
+    let config = config(InitLoraWeights::LoftQ, &["up_proj", "down_proj"]);
+    let adapter = decoder.started_adapter(&config, weights, 5, |_, _| ()).unwrap();
+    let bits = LoftQConfig { loftq_bits: 4, loftq_iter: 1, skip_modules };
+    assert_eq!(adapter.config.loftq_config, Some(bits));
+    for (name, pair) in &adapter.pairs {
+        assert_eq!(square(pair.b.clone()) == 0.0, name.ends_with("down_proj"), "{name}");
+    }
+}
+
 /// Over the inputs of every layer, packed ones and their parts included, in blocks that are reached one by one.
 #[test]
 fn qera_starts_from_what_the_outputs_of_quantized_layers_miss_most() {
@@ -141,7 +162,7 @@ fn qera_starts_from_what_the_outputs_of_quantized_layers_miss_most() {
         let weights = StartWeights { base: &base, original: Some(&original), records: &records };
         let config = config(InitLoraWeights::Qera, &["qkv_proj", "up_proj", "down_proj"]);
         let adapter = decoder.started_adapter(&config, weights, 5, |_, _| ()).unwrap();
-        let bits = LoftQConfig { loftq_bits: 4, loftq_iter: 1 };
+        let bits = LoftQConfig { loftq_bits: 4, loftq_iter: 1, skip_modules: Vec::new() };
         assert_eq!(adapter.config.loftq_config, Some(bits));
 
         let before = self::decoder(&original, &device, Residency::Resident);

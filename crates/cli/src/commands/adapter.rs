@@ -44,7 +44,10 @@ fn describe(adapter: &Adapter, modules: &[ModuleSummary], base: Option<&str>) ->
          {:<14} {:>7} {:>6} {:>10} {:>12} {:>10} {:>10}\n",
         modules.len(),
         base.unwrap_or("a base that it does not name"),
-        config.loftq_config.map_or(String::new(), |it| format!(" quantized to {} bits", it.loftq_bits)),
+        config
+            .loftq_config
+            .as_ref()
+            .map_or(String::new(), |it| format!(" quantized to {} bits", it.loftq_bits)),
         config.rank,
         config.alpha,
         config.dropout,

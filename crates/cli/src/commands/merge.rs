@@ -8,7 +8,7 @@ use pronk_export::{
     Dtype, Finish, GgufMergeOptions, MODEL_GGUF, MergeOptions, MergeReport, measure, merge, merge_gguf,
 };
 use pronk_kernels::open_device;
-use pronk_lora::{Adapter, quantized_bits_of};
+use pronk_lora::{Adapter, loftq_config_of};
 use pronk_model::{Base, GgufValue};
 use pronk_train::{ModelCard, seal};
 
@@ -21,7 +21,7 @@ use crate::{base, gguf_keys, progress, proof};
 
 /// `pronk merge`
 pub fn run(args: &Merge) -> Result<()> {
-    let of_quantized = quantized_bits_of(&args.adapter).into_diagnostic()?.is_some();
+    let of_quantized = loftq_config_of(&args.adapter).into_diagnostic()?.is_some();
     if let (true, Some(onto)) = (of_quantized, &args.onto) {
         return Err(miette!(
             "--onto {onto}: {} started from what the base lost when it was quantized (LoftQ, QERA), and would bring that to \

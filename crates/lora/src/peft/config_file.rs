@@ -31,7 +31,7 @@ pub fn to_json(adapter: &Adapter, base: &str) -> String {
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
     });
-    if let Some(loftq) = config.loftq_config {
+    if let Some(loftq) = &config.loftq_config {
         // PEFT reads it where init_lora_weights is "loftq" alone, and would then quantize the base anew.
         value["loftq_config"] = json!(loftq);
     }
@@ -66,9 +66,9 @@ pub fn base_of(dir: &Path) -> Result<Option<String>, LoraError> {
     Ok(value["base_model_name_or_path"].as_str().map(str::to_owned))
 }
 
-/// The bits of the quantized base that the adapter in `dir` belongs to, where it is not a base as it was.
-pub fn quantized_bits_of(dir: &Path) -> Result<Option<u8>, LoraError> {
-    Ok(load(dir)?.loftq_config.map(|loftq| loftq.loftq_bits))
+/// The quantized base that the adapter in `dir` belongs to, where it is not a base as it was.
+pub fn loftq_config_of(dir: &Path) -> Result<Option<LoftQConfig>, LoraError> {
+    Ok(load(dir)?.loftq_config)
 }
 
 /// The configuration, with a refusal by name of everything that would change the result.

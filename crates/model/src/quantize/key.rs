@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::Scheme;
+use super::Quantization;
 use crate::{Base, ModelError};
 
 /// Counted up whenever the same base would become other files.
@@ -26,7 +26,7 @@ const COMPANIONS: [&str; 9] = [
     "vocab.json",
 ];
 
-/// Names a base, as it is now, quantized with a scheme.
+/// Names a base, as it is now, quantized.
 ///
 /// It hashes every file's name, length and time of change and the weight files' headers, but not
 /// the weights: reading the 26 GB of a 13B takes longer than quantizing them did, and nobody
@@ -35,10 +35,14 @@ const COMPANIONS: [&str; 9] = [
 pub struct Key(String);
 
 impl Key {
-    pub fn of(base: &Base, scheme: Scheme) -> Result<Self, ModelError> {
+    pub fn of(base: &Base, quantization: &Quantization) -> Result<Self, ModelError> {
         let mut hash = Sha256::new();
+        let Quantization { scheme, skip_modules } = quantization;
         let whole = json!([FORMAT_VERSION, scheme, base.config.to_json("")]);
         hash.update(whole.to_string());
+        if !skip_modules.is_empty() {
+            hash.update(json!(skip_modules).to_string());
+        }
         for (path, header) in base.headers() {
             hash.update(stamp(&path)?);
             hash.update((header.len() as u64).to_le_bytes());

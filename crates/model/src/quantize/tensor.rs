@@ -34,12 +34,11 @@ enum Kept {
 }
 
 impl QuantizedTensor {
-    /// The base's tensor called `name`, which is kept in `source` there.
-    pub fn new(scheme: Scheme, name: String, shape: Vec<usize>, source: Dtype) -> Self {
-        let in_block = name.starts_with("model.layers.");
+    /// The base's tensor called `name`, which is kept in `source` there. Of what is quantized to a scheme, matrices are.
+    pub fn new(scheme: Option<Scheme>, name: String, shape: Vec<usize>, source: Dtype) -> Self {
         let kept = match (&shape[..], scheme) {
-            (&[rows, cols], Scheme::Nf4) if in_block => Kept::Nf4([rows, cols], source),
-            (&[rows, cols], Scheme::Int8) if in_block => Kept::Int8([rows, cols]),
+            (&[rows, cols], Some(Scheme::Nf4)) => Kept::Nf4([rows, cols], source),
+            (&[rows, cols], Some(Scheme::Int8)) => Kept::Int8([rows, cols]),
             // Embeddings and head are large and seldom the bottleneck; norms and biases are small.
             ([_, _], _) if source == Dtype::F32 => Kept::Dense(Dtype::BF16),
             _ => Kept::Dense(source),
