@@ -145,16 +145,12 @@ impl OpenedBase {
     pub fn quantized(self, quantization: &Quantization, stop: &AtomicBool) -> Result<Option<Self>> {
         let Some((quantized, origin)) = self.quantize(quantization, stop)? else { return Ok(None) };
         let path = quantized.base.path.display();
-        let mut scheme = quantization.scheme.to_string();
-        if !quantization.skip_modules.is_empty() {
-            scheme += &format!(", but for {}", quantization.skip_modules.join(", "));
-        }
         match origin {
-            Origin::AsItWas => print(&format!("base      it is quantized to {scheme} as it is\n")),
-            Origin::Cache => print(&format!("base      quantized to {scheme}, from {path}\n")),
-            Origin::Quantized => print(&format!("base      quantized to {scheme}, kept in {path}\n")),
+            Origin::AsItWas => print(&format!("base      it is quantized to {quantization} as it is\n")),
+            Origin::Cache => print(&format!("base      quantized to {quantization}, from {path}\n")),
+            Origin::Quantized => print(&format!("base      quantized to {quantization}, kept in {path}\n")),
             Origin::QuantizedAnew(reason) => {
-                print(&format!("base      quantized to {scheme} anew, in {path}: {reason}\n"));
+                print(&format!("base      quantized to {quantization} anew, in {path}: {reason}\n"));
             }
         }
         Ok(Some(quantized))
@@ -195,12 +191,12 @@ impl OpenedBase {
         let Some(of) = loftq_config_of(dir).into_diagnostic()? else { return Ok(self) };
         let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.bits() == of.loftq_bits);
         let (Some(scheme), None) = (scheme, self.base.quantization()) else { return Ok(self) };
+        let quantization = Quantization { scheme, skip_modules: of.skip_modules };
         say(&format!(
-            "note: {} belongs to {} quantized to {scheme}, which is taken",
+            "note: {} belongs to {} quantized to {quantization}, which is taken",
             dir.display(),
             self.name
         ));
-        let quantization = Quantization { scheme, skip_modules: of.skip_modules };
         let quantized = self.quantize(&quantization, &AtomicBool::new(false))?;
         quantized.map(|(quantized, _)| quantized).ok_or_else(|| miette!("stopped"))
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use miette::{IntoDiagnostic, Result};
 use pronk_data::{CHAT_TEMPLATE, Conversation, PromptTemplate};
 use pronk_export::{MODEL_GGUF, Runtime};
-use pronk_lora::Adapter;
+use pronk_lora::{Adapter, LM_HEAD};
 use pronk_train::ModelCard;
 
 use crate::args::Method;
@@ -353,11 +353,10 @@ fn quantized(adapter: &Adapter) -> Option<(String, String)> {
     if skipped.is_empty() {
         return Some((how.to_owned(), told.to_owned()));
     }
-    let names = serde_json::to_string(skipped).unwrap_or_default();
-    Some((
-        format!("{how}, but for {}", skipped.join(", ")),
-        format!("{told}, llm_int8_skip_modules={}", names.replace("\"]", "\", \"lm_head\"]")),
-    ))
+    // Without a list, transformers leaves the head out by itself.
+    let names: Vec<&str> = skipped.iter().map(String::as_str).chain([LM_HEAD]).collect();
+    let names = serde_json::to_string(&names).unwrap_or_default();
+    Some((format!("{how}, but for {}", skipped.join(", ")), format!("{told}, llm_int8_skip_modules={names}")))
 }
 
 /// What the hub reads of a card, and its title.

@@ -173,7 +173,7 @@ impl<B: AttentionLoops> Attention for B {
         spans: Arc<[Span]>,
         scoring: Scoring,
     ) -> FloatTensor<Self> {
-        forward::<B>(q, [&B::in_order(k), &B::in_order(v)], &spans, scoring).0
+        forward::<B>(q, [&B::contiguous(k), &B::contiguous(v)], &spans, scoring).0
     }
 }
 
@@ -186,7 +186,7 @@ impl<B: AttentionLoops, C: CheckpointStrategy> Attention for Autodiff<B, C> {
         scoring: Scoring,
     ) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([q.node(), k.node(), v.node()]).compute_bound().stateful();
-        let [q, k, v] = [q, k, v].map(|x| B::in_order(x.into_primitive()));
+        let [q, k, v] = [q, k, v].map(|x| B::contiguous(x.into_primitive()));
         match operation {
             OpsKind::Tracked(prep) => {
                 let (y, log_sums) = forward::<B>(q.clone(), [&k, &v], &spans, scoring);

@@ -1,6 +1,7 @@
 //! What kernels for CubeCL's graphics cards share. A unit takes a few numbers at a time, a plane of units a row.
 
-use burn::tensor::{DType, Shape};
+use burn::backend::DispatchDevice;
+use burn::tensor::{DType, Device, Shape};
 use burn_cubecl::CubeDevice;
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::calculate_cube_count_elemwise;
@@ -17,9 +18,19 @@ use crate::frozen::Precision;
 /// Planes of a cube, each with rows of its own.
 const PLANES: u32 = 4;
 
+/// The card that `device` is, where it is one of CubeCL's.
+pub fn card_of(device: &Device) -> Option<CubeDevice> {
+    match device.clone().without_autodiff().as_dispatch() {
+        DispatchDevice::Cube(device) => Some(device.clone()),
+        #[allow(unreachable_patterns)] // where no other backend is in this build
+        _ => None,
+    }
+}
+
 /// Whether a row can be handed to a plane: only where all planes are of one size is it known how many.
-pub fn has_even_planes(device: &CubeDevice) -> bool {
-    let hardware = device.client().properties().hardware.clone();
+pub fn has_even_planes(card: &CubeDevice) -> bool {
+    let client = card.client();
+    let hardware = &client.properties().hardware;
     hardware.plane_size_min == hardware.plane_size_max
 }
 
@@ -39,12 +50,23 @@ pub fn elements(client: &Client, units: usize) -> (CubeCount, CubeDim) {
     (calculate_cube_count_elemwise(client, units, dim), dim)
 }
 
-/// A launch of one plane for each of `rows`: row `CUBE_POS * CUBE_DIM_Y + UNIT_POS_Y`, whose units are
-/// `UNIT_POS_X` of `CUBE_DIM_X`.
+/// A launch of one plane for each of `rows`: see [`row_of_plane`] and [`unit_of_plane`].
 pub fn planes(client: &Client, rows: usize) -> (CubeCount, CubeDim) {
     let plane = client.properties().hardware.plane_size_max;
     let dim = CubeDim::new_2d(plane, PLANES);
     (calculate_cube_count_elemwise(client, rows * plane as usize, dim), dim)
+}
+
+/// The row of this unit's plane.
+#[cube]
+pub fn row_of_plane() -> usize {
+    CUBE_POS * (CUBE_DIM_Y as usize) + UNIT_POS_Y as usize
+}
+
+/// Which unit of its plane this is, and how many there are.
+#[cube]
+pub fn unit_of_plane() -> (usize, usize) {
+    (UNIT_POS_X as usize, CUBE_DIM_X as usize)
 }
 
 /// Whether a plane is one unit, as on a processor: there it has nobody to sum with.

@@ -53,10 +53,15 @@ pub trait Glu: Backend {
     fn glu(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
 }
 
-/// The loops.
-trait GluLoops: Loops {
-    fn forward(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
+impl<B: Host> Glu for B {
+    fn glu(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+        let up = B::contiguous(up);
+        B::rewrite(gate, |gate| gates::forward(gate, B::numbers(&up), activation)).0
+    }
+}
 
+/// The loops of the way back.
+trait GluLoops: Glu + Loops {
     /// The gradients at `gate` and `up`, whose numbers are in order.
     fn backward(
         gate: FloatTensor<Self>,
@@ -67,11 +72,6 @@ trait GluLoops: Loops {
 }
 
 impl<B: Host> GluLoops for B {
-    fn forward(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
-        let up = B::contiguous(up);
-        B::rewrite(gate, |gate| gates::forward(gate, B::numbers(&up), activation)).0
-    }
-
     fn backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -86,23 +86,17 @@ impl<B: Host> GluLoops for B {
     }
 }
 
-impl<B: GluLoops> Glu for B {
-    fn glu(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
-        B::forward(gate, up, activation)
-    }
-}
-
 impl<B: GluLoops, C: CheckpointStrategy> Glu for Autodiff<B, C> {
     fn glu(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful();
         let (gate, up) = (gate.into_primitive(), up.into_primitive());
         match operation {
             OpsKind::Tracked(prep) => {
-                let (gate, up) = (B::in_order(gate), B::in_order(up));
-                let y = B::forward(gate.clone(), up.clone(), activation);
+                let (gate, up) = (B::contiguous(gate), B::contiguous(up));
+                let y = B::glu(gate.clone(), up.clone(), activation);
                 prep.finish((gate, up, activation), y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::forward(gate, up, activation)),
+            OpsKind::UnTracked(prep) => prep.finish(B::glu(gate, up, activation)),
         }
     }
 }

@@ -19,11 +19,7 @@ pub fn has_loops<const D: usize>(x: &Tensor<D>) -> bool {
 
 #[cfg(feature = "cube")]
 fn is_on_card<const D: usize>(x: &Tensor<D>) -> bool {
-    match x.device().without_autodiff().as_dispatch() {
-        burn::backend::DispatchDevice::Cube(device) => crate::card::has_even_planes(device),
-        #[allow(unreachable_patterns)] // where no other backend is in this build
-        _ => false,
-    }
+    crate::card::card_of(&x.device()).is_some_and(|card| crate::card::has_even_planes(&card))
 }
 
 #[cfg(not(feature = "cube"))]
@@ -37,38 +33,27 @@ pub trait Loops: Backend {
     type Numbers: Clone + std::fmt::Debug + Send + 'static;
 
     /// The same tensor, its numbers one after another as its shape tells them.
-    fn in_order(tensor: FloatTensor<Self>) -> FloatTensor<Self>;
-}
-
-impl<B: Host> Loops for B {
-    type Numbers = Vec<f32>;
-
-    fn in_order(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
-        B::contiguous(tensor)
-    }
+    fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 #[cfg(feature = "cube")]
 impl Loops for burn::backend::Cube {
     type Numbers = FloatTensor<Self>;
 
-    fn in_order(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
         burn_cubecl::kernel::into_contiguous(tensor)
     }
 }
 
 /// A backend that can lend the numbers of its tensors.
-pub trait Host: Backend {
+pub trait Host: Loops<Numbers = Vec<f32>> {
     /// Whether it does for this one: float32, in this machine's memory.
     fn lends(tensor: &FloatTensor<Self>) -> bool;
-
-    /// The same tensor, its numbers one after another as its shape tells them.
-    fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// The numbers of a tensor.
     ///
     /// # Panics
-    /// Where the tensor is not lent or not [`Host::contiguous`].
+    /// Where the tensor is not lent or not [`Loops::contiguous`].
     fn numbers(tensor: &FloatTensor<Self>) -> &[f32];
 
     /// A new tensor, all of whose numbers `f` writes.
@@ -90,15 +75,19 @@ mod flex {
     use burn::backend::{Flex, TensorMetadata};
     use burn::tensor::{DType, Shape, TensorData};
 
-    use super::{Host, Rewritten};
+    use super::{Host, Loops, Rewritten};
+
+    impl Loops for Flex {
+        type Numbers = Vec<f32>;
+
+        fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+            if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
+        }
+    }
 
     impl Host for Flex {
         fn lends(tensor: &FloatTensor<Self>) -> bool {
             tensor.dtype() == DType::F32
-        }
-
-        fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
-            if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
         }
 
         fn numbers(tensor: &FloatTensor<Self>) -> &[f32] {
@@ -140,15 +129,19 @@ mod libtorch {
     use burn::backend::{LibTorch, TensorMetadata};
     use burn::tensor::{DType, Shape};
 
-    use super::{Host, Rewritten};
+    use super::{Host, Loops, Rewritten};
+
+    impl Loops for LibTorch {
+        type Numbers = Vec<f32>;
+
+        fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
+            if tensor.tensor.is_contiguous() { tensor } else { TchTensor::new(tensor.tensor.contiguous()) }
+        }
+    }
 
     impl Host for LibTorch {
         fn lends(tensor: &FloatTensor<Self>) -> bool {
             tensor.dtype() == DType::F32 && tensor.device() == LibTorchDevice::Cpu
-        }
-
-        fn contiguous(tensor: FloatTensor<Self>) -> FloatTensor<Self> {
-            if tensor.tensor.is_contiguous() { tensor } else { TchTensor::new(tensor.tensor.contiguous()) }
         }
 
         fn numbers(tensor: &FloatTensor<Self>) -> &[f32] {

@@ -111,7 +111,7 @@ impl<B: LowRankLoops> LowRank for B {
         scale: f32,
     ) -> FloatTensor<Self> {
         assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
-        let [x, a, b] = [x, a, b].map(B::in_order);
+        let [x, a, b] = [x, a, b].map(B::contiguous);
         B::forward(y, &x, [&a, &b], scale).0
     }
 }
@@ -127,7 +127,7 @@ impl<B: LowRankLoops, C: CheckpointStrategy> LowRank for Autodiff<B, C> {
         let nodes = [y.node(), x.node(), a.node(), b.node()];
         let operation = Recorded.prepare::<C>(nodes).compute_bound().stateful();
         let y = y.into_primitive();
-        let [x, a, b] = [x, a, b].map(|factor| B::in_order(factor.into_primitive()));
+        let [x, a, b] = [x, a, b].map(|factor| B::contiguous(factor.into_primitive()));
         assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
         let (y, low) = B::forward(y, &x, [&a, &b], scale);
         match operation {
@@ -157,7 +157,7 @@ impl<B: LowRankLoops> Backward<B, 4> for Recorded {
 
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let Saved { x, a, b, low, scale } = ops.state;
-        let dy = B::in_order(grads.consume::<B>(&ops.node));
+        let dy = B::contiguous(grads.consume::<B>(&ops.node));
         let wanted = [1, 2, 3].map(|i| ops.parents[i].is_some());
         let [dx, da, db] = <B as LowRankLoops>::backward(&dy, &x, [&a, &b], &low, scale, wanted);
         for (parent, gradient) in ops.parents.into_iter().zip([Some(dy), dx, da, db]) {

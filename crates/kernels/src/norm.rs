@@ -82,18 +82,18 @@ impl<B: Host> NormLoops for B {
 impl<B: NormLoops> RmsNorm for B {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         assert_eq!(x.shape()[1], weight.shape()[0], "a weight for every feature");
-        B::forward(x, &B::in_order(weight), eps).0
+        B::forward(x, &B::contiguous(weight), eps).0
     }
 }
 
 impl<B: NormLoops, C: CheckpointStrategy> RmsNorm for Autodiff<B, C> {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([x.node()]).compute_bound().stateful();
-        let (x, weight) = (x.into_primitive(), B::in_order(weight.into_primitive()));
+        let (x, weight) = (x.into_primitive(), B::contiguous(weight.into_primitive()));
         assert_eq!(x.shape()[1], weight.shape()[0], "a weight for every feature");
         match operation {
             OpsKind::Tracked(prep) => {
-                let x = B::in_order(x);
+                let x = B::contiguous(x);
                 let (y, scales) = B::forward(x.clone(), &weight, eps);
                 prep.finish((x, weight, scales), y)
             }

@@ -102,7 +102,7 @@ impl Quantization {
     /// What the tensor called `name`, a matrix of a block or none, is quantized to.
     pub(crate) fn of(&self, name: &str) -> Option<Scheme> {
         let module = name.strip_suffix(".weight").unwrap_or(name);
-        let skipped = self.skip_modules.iter().any(|skip| module.ends_with(skip) || module.starts_with(skip));
+        let skipped = self.skip_modules.iter().any(|skip| selects(skip, module));
         (name.starts_with("model.layers.") && !skipped).then_some(self.scheme)
     }
 
@@ -118,8 +118,7 @@ impl Quantization {
     /// Refuses to skip what is not there.
     fn check(&self, base: &Base) -> Result<(), ModelError> {
         let modules = base.config.linear_modules();
-        let matches =
-            |skip: &String| modules.iter().any(|m| m.name.ends_with(skip) || m.name.starts_with(skip));
+        let matches = |skip: &String| modules.iter().any(|module| selects(skip, &module.name));
         match self.skip_modules.iter().find(|skip| skip.is_empty() || !matches(skip)) {
             None => Ok(()),
             Some(skip) => {
@@ -130,6 +129,20 @@ impl Quantization {
                     known: known.into_iter().collect::<Vec<_>>().join(", "),
                 })
             }
+        }
+    }
+}
+
+fn selects(skip: &str, module: &str) -> bool {
+    module.ends_with(skip) || module.starts_with(skip)
+}
+
+impl fmt::Display for Quantization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { scheme, skip_modules } = self;
+        match &skip_modules[..] {
+            [] => write!(f, "{scheme}"),
+            names => write!(f, "{scheme}, but for {}", names.join(", ")),
         }
     }
 }

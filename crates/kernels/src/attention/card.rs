@@ -19,7 +19,7 @@ use super::buckets::{Bucket, buckets};
 use super::{AttentionLoops, Scoring, Span, Widths};
 use crate::card::{
     addresses, element, elements, empty, factor_type, is_alone, lanes, max_of_plane, multiply, planes,
-    sum_of_plane,
+    row_of_plane, sum_of_plane, unit_of_plane,
 };
 
 impl AttentionLoops for Cube {
@@ -372,12 +372,12 @@ fn weigh<F: Float, I: Int, N: Size>(
     #[comptime] alone: bool,
     #[define(F, I)] _types: [ElemType; 2],
 ) {
-    let row = CUBE_POS * (CUBE_DIM_Y as usize) + UNIT_POS_Y as usize;
+    let row = row_of_plane();
     if row >= rows {
         terminate!();
     }
     let (first, end, at) = seen::<I>(places, row, heads, queries, window);
-    let (unit, units) = (UNIT_POS_X as usize, CUBE_DIM_X as usize);
+    let (unit, units) = unit_of_plane();
     let start = row * vectors;
     let lanes = products[start].vector_size();
     let (from, to) = (first / lanes, (end + lanes - 1) / lanes);
@@ -440,12 +440,12 @@ fn pull_back<F: Float, I: Int, N: Size>(
     #[comptime] alone: bool,
     #[define(F, I)] _types: [ElemType; 2],
 ) {
-    let row = CUBE_POS * (CUBE_DIM_Y as usize) + UNIT_POS_Y as usize;
+    let row = row_of_plane();
     if row >= rows {
         terminate!();
     }
     let (first, end, at) = seen::<I>(places, row, heads, queries, window);
-    let (unit, units) = (UNIT_POS_X as usize, CUBE_DIM_X as usize);
+    let (unit, units) = unit_of_plane();
     let start = row * vectors;
     let lanes = products[start].vector_size();
     let (from, to) = (first / lanes, (end + lanes - 1) / lanes);

@@ -16,7 +16,10 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::LossesAndSlopes;
-use crate::card::{addresses, element, empty, is_alone, lanes, max_of_plane, planes, sum_of_plane};
+use crate::card::{
+    addresses, element, empty, is_alone, lanes, max_of_plane, planes, row_of_plane, sum_of_plane,
+    unit_of_plane,
+};
 
 impl LossesAndSlopes for Cube {
     fn losses_and_slopes(logits: CubeTensor, targets: Arc<[u32]>) -> (CubeTensor, CubeTensor) {
@@ -67,12 +70,12 @@ fn softmax_less_target<I: Int, N: Size>(
     #[comptime] alone: bool,
     #[define(I)] _type: ElemType,
 ) {
-    let row = CUBE_POS * (CUBE_DIM_Y as usize) + UNIT_POS_Y as usize;
+    let row = row_of_plane();
     if row >= rows {
         terminate!();
     }
     let start = row * vectors;
-    let (unit, units) = (UNIT_POS_X as usize, CUBE_DIM_X as usize);
+    let (unit, units) = unit_of_plane();
     let mut tops = logits[start];
     for i in range_stepped(unit, vectors, units) {
         tops = tops.max(logits[start + i]);

@@ -10,19 +10,18 @@ use std::sync::Arc;
 
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, Cube, Dispatch, DispatchDevice, TensorMetadata, backend_extension};
+use burn::backend::{Backend, Cube, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{Bytes, DType, Device, Int, Shape, Tensor, TensorData};
 use burn_cubecl::cubecl::ir::AddressType;
-use burn_cubecl::cubecl::prelude::{BufferArg, CubeDim};
-use burn_cubecl::cubecl::{calculate_cube_count_elemwise, tensor_vector_size_parallel};
+use burn_cubecl::cubecl::prelude::BufferArg;
+use burn_cubecl::cubecl::tensor_vector_size_parallel;
 use burn_cubecl::kernel::{cast, into_contiguous, slice};
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::{CubeDevice, tensor::CubeTensor};
 
 use self::decode::{Kept, NF4_TABLE, PlaceLaunch, spell_out};
 use super::weight::{LARGEST_DENSE, dense_rows};
 use super::{DYNAMIC_MAP, Format, FrozenMatrix, NF4_CODEBOOK, Nf4Scales, Precision};
-use crate::card::{element, factor_type, multiply};
+use crate::card::{card_of, element, elements, empty, factor_type, multiply};
 use crate::direction::Direction;
 
 /// Numbers that every format has under one scale, where they begin at a multiple of as many.
@@ -43,11 +42,7 @@ pub struct CubeMatrix {
 impl CubeMatrix {
     /// The same bytes on `device`, where that is a card of CubeCL's.
     pub fn on(device: &Device, w: &FrozenMatrix) -> Option<Self> {
-        match device.clone().without_autodiff().as_dispatch() {
-            DispatchDevice::Cube(device) => Some(Self::new(w, device)),
-            #[allow(unreachable_patterns)] // where no other backend is in this build
-            _ => None,
-        }
+        card_of(device).map(|card| Self::new(w, &card))
     }
 
     /// The same bytes on `device`.
@@ -158,15 +153,15 @@ impl CubeMatrix {
     /// So many rows from `first` on, or those that `ids` names.
     fn spelled_out(&self, rows: usize, first: usize, ids: Option<CubeTensor>, dtype: DType) -> CubeTensor {
         let [_, cols] = self.shape;
-        let (client, device) = (self.words.client.clone(), self.words.device.clone());
-        let out = empty_device_contiguous_dtype(client.clone(), device, Shape::new([rows, cols]), dtype);
+        let client = &self.words.client;
+        let out = empty(&self.words, [rows, cols], dtype);
         if rows * cols == 0 {
             return out;
         }
         let sizes = client.io_optimized_vector_sizes(dtype.size()).filter(|&size| size <= TOGETHER);
         let lanes = tensor_vector_size_parallel(sizes, out.meta.shape(), out.meta.strides(), 1);
         let vectors = rows * cols / lanes;
-        let units = CubeDim::new(&client, vectors);
+        let (count, dim) = elements(client, vectors);
         let words = self.words.meta.num_elements();
         let id_type = ids.as_ref().map_or(DType::I32, |ids| ids.dtype);
         // SAFETY: a unit writes one of `vectors` vectors of `out`, which is as large as they are
@@ -176,9 +171,9 @@ impl CubeMatrix {
         #[allow(unsafe_code)]
         unsafe {
             spell_out::launch_unchecked(
-                &client,
-                calculate_cube_count_elemwise(&client, vectors, units),
-                units,
+                client,
+                count,
+                dim,
                 AddressType::from_len(4 * words),
                 lanes,
                 BufferArg::from_raw_parts(self.words.handle.clone(), words),

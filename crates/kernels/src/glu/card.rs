@@ -12,11 +12,11 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{Activation, GluLoops};
+use super::{Activation, Glu, GluLoops};
 use crate::card::{addresses, elements, empty, lanes};
 
-impl GluLoops for Cube {
-    fn forward(gate: CubeTensor, up: CubeTensor, activation: Activation) -> CubeTensor {
+impl Glu for Cube {
+    fn glu(gate: CubeTensor, up: CubeTensor, activation: Activation) -> CubeTensor {
         let (gate, up) = (into_contiguous(gate), into_contiguous(up));
         let y = empty(&gate, gate.shape(), DType::F32);
         let numbers = gate.shape().num_elements();
@@ -43,7 +43,9 @@ impl GluLoops for Cube {
         }
         y
     }
+}
 
+impl GluLoops for Cube {
     fn backward(
         gate: CubeTensor,
         up: CubeTensor,

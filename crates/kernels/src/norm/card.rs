@@ -13,7 +13,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::NormLoops;
-use crate::card::{addresses, empty, is_alone, lanes, planes, sum_of_plane};
+use crate::card::{addresses, empty, is_alone, lanes, planes, row_of_plane, sum_of_plane, unit_of_plane};
 
 impl NormLoops for Cube {
     fn forward(x: CubeTensor, weight: &CubeTensor, eps: f32) -> (CubeTensor, CubeTensor) {
@@ -91,12 +91,12 @@ fn norm_rows<N: Size>(
     eps: f32,
     #[comptime] alone: bool,
 ) {
-    let row = CUBE_POS * (CUBE_DIM_Y as usize) + UNIT_POS_Y as usize;
+    let row = row_of_plane();
     if row >= rows {
         terminate!();
     }
     let start = row * vectors;
-    let (unit, units) = (UNIT_POS_X as usize, CUBE_DIM_X as usize);
+    let (unit, units) = unit_of_plane();
     let mut squares = Vector::<f32, N>::new(0.0f32);
     for i in range_stepped(unit, vectors, units) {
         let v = x[start + i];
@@ -124,12 +124,12 @@ fn pull_back_rows<N: Size>(
     width: f32,
     #[comptime] alone: bool,
 ) {
-    let row = CUBE_POS * (CUBE_DIM_Y as usize) + UNIT_POS_Y as usize;
+    let row = row_of_plane();
     if row >= rows {
         terminate!();
     }
     let start = row * vectors;
-    let (unit, units) = (UNIT_POS_X as usize, CUBE_DIM_X as usize);
+    let (unit, units) = unit_of_plane();
     let mut along = Vector::<f32, N>::new(0.0f32);
     for i in range_stepped(unit, vectors, units) {
         along += dy[start + i] * weight[i] * x[start + i];
