@@ -37,7 +37,8 @@ pub struct Bucket {
 /// in 16 bits. `pairs` are those of tokens of one record, over so many query heads.
 pub fn attention_bytes_on_card(heads: usize, pairs: usize) -> usize {
     let longest = pairs.isqrt();
-    let scores = (2 * heads * pairs).min(SCORES.max(heads * QUERIES * longest)); // padding less than doubles them
+    // Padding less than doubles queries, and keys.
+    let scores = (4 * heads * pairs).min(SCORES.max(heads * QUERIES * longest));
     scores * (2 * size_of::<f32>() + 2 * size_of::<u16>())
 }
 
@@ -69,7 +70,8 @@ fn pieces(span: &Span) -> impl Iterator<Item = Piece> {
     })
 }
 
-/// Lengths of one class differ by less than half, or by less than a piece's queries: pieces of one span never meet.
+/// The longest of a class is less than twice the shortest, or by less than a piece's queries longer: pieces of one span
+/// never meet.
 fn class(length: usize) -> usize {
     if length <= QUERIES { length.next_power_of_two() } else { length.next_multiple_of(QUERIES) }
 }
@@ -102,7 +104,9 @@ mod tests {
 
     #[test]
     fn no_bucket_takes_more_than_is_told() {
-        for lengths in [vec![100; 20], vec![2000], vec![33, 500, 64, 7]] {
+        let mut uneven = vec![129; 15];
+        uneven.push(256);
+        for lengths in [vec![100; 20], vec![2000], vec![33, 500, 64, 7], uneven] {
             let mut end = 0;
             let spans: Vec<_> =
                 lengths.iter().map(|n| (end..end + n, end += n).0).map(Span::document).collect();
