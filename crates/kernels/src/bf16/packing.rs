@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use super::tiles::{DEPTH, Multiplier, SIDE, TILE};
 
+/// How far ahead of what is packed rows are asked for.
+const ROWS_AHEAD: usize = 16;
+
 /// The rows of a matrix, which can be had in bf16.
 pub(crate) trait RoundedRows {
     /// `[rows, cols]`.
@@ -19,7 +22,10 @@ pub(crate) trait RoundedRows {
         out: &mut [u16],
     );
 
-    /// The same, with zeros behind the row's end and the last row.
+    /// Asks for numbers that will be rounded soon, where there are such and they lie in memory.
+    fn ask_for(&self, _row: usize, _cols: Range<usize>) {}
+
+    /// The same as [`Self::round_row`], with zeros behind the row's end and the last row.
     fn rounded(
         &self,
         multiplier: &Multiplier,
@@ -95,6 +101,9 @@ pub(crate) fn paired_rows<W: RoundedRows>(
     let (even, odd) = rows[..2 * width].split_at_mut(width);
     for pair in 0..depth / 2 {
         let (row, at) = (summed.start + 2 * pair, pair / SIDE * TILE + pair % SIDE * DEPTH);
+        // A few lines of each row are read, which no processor foresees.
+        w.ask_for(row + ROWS_AHEAD, first..first + width);
+        w.ask_for(row + ROWS_AHEAD + 1, first..first + width);
         w.rounded(multiplier, row, first..first + width, numbers, even);
         w.rounded(multiplier, row + 1, first..first + width, numbers, odd);
         let sixteens = even.as_chunks().0.iter().zip(odd.as_chunks().0);

@@ -60,6 +60,13 @@ pub(crate) struct Strips<'a> {
     pub right: [&'a [u16]; 2],
 }
 
+/// 32 x 32 numbers, in rows that lie `stride` numbers apart.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sums {
+    pub start: *mut f32,
+    pub stride: usize,
+}
+
 /// A thread's right to multiply: the tile unit has to be set up for each thread.
 pub(crate) struct Multiplier {
     unit: Bf16Unit,
@@ -127,22 +134,49 @@ impl Multiplier {
     /// # Panics
     /// Where the strips differ in length or `sums` is too short.
     pub(crate) fn multiply_block(&self, strips: Strips<'_>, fresh: bool, sums: &mut [f32], stride: usize) {
+        assert!(stride >= BLOCK && sums.len() >= (BLOCK - 1) * stride + BLOCK, "room for 32 x 32 sums");
+        let sums = Sums { start: sums.as_mut_ptr(), stride };
+        // SAFETY: both lie within the slice by the assertion, or are one.
+        unsafe { self.multiply_to(strips, (!fresh).then_some(sums), sums) };
+    }
+
+    /// `sums = before + left * right`, or without `before` the product alone.
+    ///
+    /// # Safety
+    /// `before` can be read and `sums` can be written, by this thread alone; they are one or do not overlap.
+    ///
+    /// # Panics
+    /// Where the strips differ in length.
+    pub(crate) unsafe fn multiply_to(&self, strips: Strips<'_>, before: Option<Sums>, sums: Sums) {
         let numbers = strips.left[0].len();
         let equal = strips.left.iter().chain(&strips.right).all(|s| s.len() == numbers);
         assert!(equal && numbers.is_multiple_of(TILE), "strips of one length, in whole tiles");
-        assert!(stride >= BLOCK && sums.len() >= (BLOCK - 1) * stride + BLOCK, "room for 32 x 32 sums");
         let tiles = numbers / TILE;
         assert!(tiles > 0, "something to sum over");
         #[cfg(target_arch = "x86_64")]
         match self.unit {
-            // SAFETY: the unit was detected, the thread configured, and the lengths are checked above.
-            Bf16Unit::Amx => unsafe { amx::multiply(strips, tiles, fresh, sums.as_mut_ptr(), stride) },
-            // SAFETY: the instructions were detected, and the lengths are checked above.
-            Bf16Unit::Avx512 => unsafe { avx512::multiply(strips, tiles, fresh, sums.as_mut_ptr(), stride) },
+            // SAFETY: the unit was detected, the thread configured, the lengths are checked above, and the rest is asked
+            // of the caller.
+            Bf16Unit::Amx => unsafe { amx::multiply(strips, tiles, before, sums) },
+            // SAFETY: as above.
+            Bf16Unit::Avx512 => unsafe { avx512::multiply(strips, tiles, before, sums) },
         }
         #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("no unit is ever detected here: {:?}, {tiles}", self.unit);
+        unreachable!("no unit is ever detected here: {:?}, {tiles}, {before:?} {sums:?}", self.unit);
     }
+}
+
+/// Has the processor fetch memory that will be read soon.
+pub(crate) fn prefetch(bytes: &[u8]) {
+    const LINE: usize = 64;
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(LINE) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which reads nothing into the program.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (bytes, LINE);
 }
 
 /// The nearest bf16, halves to even. NaN stays NaN.
@@ -166,7 +200,7 @@ mod amx {
     use std::arch::asm;
     use std::arch::x86_64::__cpuid_count;
 
-    use super::{SIDE, Strips, TILE};
+    use super::{SIDE, Strips, Sums, TILE};
 
     /// Whether the processor has tiles for bf16 and the system lets this process use them.
     pub(super) fn available() -> bool {
@@ -225,26 +259,25 @@ mod amx {
     }
 
     /// # Safety
-    /// The thread is configured, all strips hold `tiles` tiles, and `sums` has 32 rows of 32.
-    pub(super) unsafe fn multiply(
-        strips: Strips<'_>,
-        tiles: usize,
-        fresh: bool,
-        sums: *mut f32,
-        stride: usize,
-    ) {
+    /// The thread is configured, all strips hold `tiles` tiles, and of `before` and `sums` what
+    /// [`super::Multiplier::multiply_to`] says.
+    pub(super) unsafe fn multiply(strips: Strips<'_>, tiles: usize, before: Option<Sums>, sums: Sums) {
         let [a0, a1] = strips.left.map(<[u16]>::as_ptr);
         let [b0, b1] = strips.right.map(<[u16]>::as_ptr);
-        // SAFETY: by the contract above; every load stays within `tiles` tiles of its strip.
+        let (fresh, before) = (before.is_none(), before.unwrap_or(sums));
+        // SAFETY: by the contract above; every load stays within `tiles` tiles of its strip, and the lower 16 rows of
+        // 32 begin 16 rows below the upper ones.
         unsafe {
-            let below = sums.add(SIDE * stride);
             asm!(
                 "test {fresh}, {fresh}",
                 "jnz 3f",
-                "tileloadd tmm0, [{c0} + {ldc}*1]",
-                "tileloadd tmm1, [{c0} + {ldc}*1 + 64]",
-                "tileloadd tmm2, [{c1} + {ldc}*1]",
-                "tileloadd tmm3, [{c1} + {ldc}*1 + 64]",
+                "tileloadd tmm0, [{c} + {ldc}*1]",
+                "tileloadd tmm1, [{c} + {ldc}*1 + 64]",
+                "mov {fresh}, {ldc}",
+                "shl {fresh}, 4",
+                "add {c}, {fresh}",
+                "tileloadd tmm2, [{c} + {ldc}*1]",
+                "tileloadd tmm3, [{c} + {ldc}*1 + 64]",
                 "jmp 2f",
                 "3:",
                 "tilezero tmm0",
@@ -270,14 +303,18 @@ mod amx {
                 "add {b1}, {tile}",
                 "dec {n}",
                 "jnz 2b",
-                "tilestored [{c0} + {ldc}*1], tmm0",
-                "tilestored [{c0} + {ldc}*1 + 64], tmm1",
-                "tilestored [{c1} + {ldc}*1], tmm2",
-                "tilestored [{c1} + {ldc}*1 + 64], tmm3",
-                fresh = in(reg) usize::from(fresh),
-                c0 = in(reg) sums,
-                c1 = in(reg) below,
-                ldc = in(reg) stride * 4,
+                "tilestored [{d} + {ldd}*1], tmm0",
+                "tilestored [{d} + {ldd}*1 + 64], tmm1",
+                "mov {fresh}, {ldd}",
+                "shl {fresh}, 4",
+                "add {d}, {fresh}",
+                "tilestored [{d} + {ldd}*1], tmm2",
+                "tilestored [{d} + {ldd}*1 + 64], tmm3",
+                fresh = inout(reg) usize::from(fresh) => _,
+                c = inout(reg) before.start => _,
+                ldc = in(reg) before.stride * 4,
+                d = inout(reg) sums.start => _,
+                ldd = in(reg) sums.stride * 4,
                 row = in(reg) 64_usize,
                 a0 = inout(reg) a0 => _,
                 a1 = inout(reg) a1 => _,
@@ -303,7 +340,7 @@ mod avx512 {
     };
     use std::mem::transmute;
 
-    use super::{BLOCK, DEPTH, SIDE, Strips, TILE};
+    use super::{BLOCK, DEPTH, SIDE, Strips, Sums, TILE};
 
     /// Rows at a time: 8 rows of two registers leave room for their factors in 32 registers.
     const ROWS: usize = 8;
@@ -367,25 +404,20 @@ mod avx512 {
     }
 
     /// # Safety
-    /// avx512f and avx512bf16 are there, all strips hold `tiles` tiles, and `sums` has 32 rows of 32.
+    /// avx512f and avx512bf16 are there, all strips hold `tiles` tiles, and of `before` and `sums` what
+    /// [`super::Multiplier::multiply_to`] says.
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn multiply(
-        strips: Strips<'_>,
-        tiles: usize,
-        fresh: bool,
-        sums: *mut f32,
-        stride: usize,
-    ) {
+    pub(super) unsafe fn multiply(strips: Strips<'_>, tiles: usize, before: Option<Sums>, sums: Sums) {
         let [b0, b1] = strips.right.map(<[u16]>::as_ptr);
         for top in (0..BLOCK).step_by(ROWS) {
             let a = strips.left[top / SIDE].as_ptr();
             // SAFETY: by the contract above; offsets stay within the strips and the 32 x 32 sums.
             unsafe {
                 let a = a.add(top % SIDE * DEPTH);
-                let c = sums.add(top * stride);
                 let mut low = [_mm512_setzero_ps(); ROWS];
                 let mut high = low;
-                if !fresh {
+                if let Some(Sums { start, stride }) = before {
+                    let c = start.add(top * stride);
                     low = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride)));
                     high = std::array::from_fn(|r| _mm512_loadu_ps(c.add(r * stride + SIDE)));
                 }
@@ -403,9 +435,10 @@ mod avx512 {
                         }
                     }
                 }
+                let c = sums.start.add(top * sums.stride);
                 for r in 0..ROWS {
-                    _mm512_storeu_ps(c.add(r * stride), low[r]);
-                    _mm512_storeu_ps(c.add(r * stride + SIDE), high[r]);
+                    _mm512_storeu_ps(c.add(r * sums.stride), low[r]);
+                    _mm512_storeu_ps(c.add(r * sums.stride + SIDE), high[r]);
                 }
             }
         }

@@ -7,7 +7,10 @@ use rayon::prelude::*;
 use super::nf4::{Nf4Parts, Nf4Scales};
 use super::wide::widest;
 use super::{Format, FrozenError, dense, ggml, int8};
-use crate::bf16::round;
+use crate::bf16::{prefetch, round};
+
+/// How far ahead rows are asked for that are read once, one after another.
+const ROWS_AHEAD: usize = 2;
 
 /// A frozen matrix `[rows, cols]` in host memory, mapped or owned, in the format it is kept in.
 /// Row-major, blocks along the columns. A clone shares the memory.
@@ -207,6 +210,7 @@ impl FrozenMatrix {
         values.par_chunks_mut(2 * cols.max(1)).enumerate().for_each_init(
             || vec![0.0; cols],
             |numbers, (row, out)| {
+                prefetch(self.stored(row + ROWS_AHEAD, 0..cols)); // files lie in pages that no processor foresees
                 self.dequantize(row, 0..cols, numbers);
                 widest!(|| {
                     let (halves, _) = out.as_chunks_mut::<2>();
@@ -222,12 +226,24 @@ impl FrozenMatrix {
 
     /// The bytes of columns `cols` of `row`, where the matrix holds bf16.
     pub(super) fn bf16(&self, row: usize, cols: Range<usize>) -> Option<&[[u8; 2]]> {
-        let Values::Whole(bytes) = &self.values else { return None };
-        if self.format != Format::Bf16 {
-            return None;
+        (self.format == Format::Bf16).then(|| self.stored(row, cols).as_chunks().0)
+    }
+
+    /// Where the numbers or codes of columns `cols` of `row` lie, as far as there are such.
+    pub(super) fn stored(&self, row: usize, cols: Range<usize>) -> &[u8] {
+        let [rows, width] = self.shape;
+        if row >= rows || cols.start >= width {
+            return &[];
         }
-        let first = self.row_in_memory(row) * self.shape[1];
-        bytes.as_chunks().0.get(first + cols.start..first + cols.end)
+        let row = self.row_in_memory(row) * width;
+        let (first, end) = (row + cols.start, row + cols.end.min(width));
+        let codes = match &self.values {
+            Values::Whole(bytes) => bytes,
+            Values::Nf4(parts) => &parts.codes,
+            Values::Int8 { codes, .. } => codes,
+        };
+        let (numbers, size) = self.format.block();
+        &codes[first / numbers * size..codes.len().min(end.div_ceil(numbers) * size)]
     }
 
     /// Where row `row` lies: `i + half * head_dim / 2` of a head lies at `2 * i + half` of it.

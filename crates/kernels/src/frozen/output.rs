@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use crate::bf16::{BLOCK, Sums};
+
 /// What a product is written to: memory that nothing has filled with zeros first.
 pub(super) struct Output {
     values: Vec<f32>,
@@ -60,6 +62,12 @@ impl Columns {
         unsafe {
             self.start.add(row * self.width + columns.start)
         }
+    }
+
+    /// Where `columns` of `rows` begin, 32 of each.
+    pub(super) fn block(self, rows: &Range<usize>, columns: &Range<usize>) -> Sums {
+        assert!(rows.len() == BLOCK && rows.end <= self.rows && columns.len() == BLOCK);
+        Sums { start: self.at(rows.start, columns), stride: self.width }
     }
 
     /// Writes `columns` of `row`.

@@ -35,10 +35,13 @@ impl Precision {
 
 /// Activation rows at a time: what a thread sums up stays in its own cache.
 const TOKENS: usize = 1024;
-/// Rows of the matrix that one task of `forward` multiplies at least.
+/// Rows of the matrix that one task of `forward` multiplies at least, and at most.
 const ROWS: usize = BLOCK;
+const MOST_ROWS: usize = 4 * ROWS;
 /// Columns of the matrix that one task of `backward` multiplies at most. A multiple of every format's block.
 const COLUMNS: usize = 256;
+/// Tasks that a core has at least, so that one that is slow does not keep the others waiting.
+const TASKS_A_CORE: usize = 3;
 /// Up to here a product is a few dot products a row, and packing would cost more than it saves.
 const FEW_TOKENS: usize = 4;
 
@@ -223,14 +226,14 @@ unsafe fn product_f32(
     }
 }
 
-/// How many columns of the output a task computes: more of a wide one, so that the activations are read less
-/// often; of a narrow one so few that there is work for every core.
+/// How many columns of the output a task computes: many, so that the activations are read less often and a row of
+/// the matrix not a line at a time; and so few that there is work for every core to the end.
 pub(super) fn columns_a_task(w: &FrozenMatrix, direction: Direction) -> usize {
     let [rows, cols] = w.shape();
-    match direction {
-        Direction::Forward if rows >= 32 * ROWS => 4 * ROWS,
-        Direction::Forward => ROWS,
-        Direction::Backward if cols >= 8 * COLUMNS => COLUMNS,
-        Direction::Backward => w.column_step().max(BLOCK),
-    }
+    let (width, step, most) = match direction {
+        Direction::Forward => (rows, ROWS, MOST_ROWS),
+        Direction::Backward => (cols, w.column_step().max(BLOCK), COLUMNS),
+    };
+    let tasks = width.div_ceil(most).next_multiple_of(TASKS_A_CORE * rayon::current_num_threads());
+    width.div_ceil(tasks).next_multiple_of(step)
 }

@@ -9,7 +9,8 @@ use super::FrozenMatrix;
 use super::output::{Columns, Scratch};
 use super::product::columns_a_task;
 use crate::bf16::{
-    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, left_strip, paired_rows, turned_rows,
+    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, Sums, left_strip, paired_rows, prefetch,
+    turned_rows,
 };
 use crate::direction::Direction;
 
@@ -18,7 +19,7 @@ const BLOCKS_OF_ALL: usize = 256;
 /// About how many columns are dequantized at a time in `forward`.
 const FORWARD_DEPTH: usize = 512;
 /// About how many rows are dequantized at a time in `backward`.
-const BACKWARD_DEPTH: usize = 256;
+const BACKWARD_DEPTH: usize = 512;
 
 /// The product in one direction, in bf16: activations are packed once, and each task packs the part of the
 /// matrix that its columns of the output need, a pass along the summed dimension at a time.
@@ -29,43 +30,84 @@ pub(super) fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Uni
         Direction::Backward => (rows, cols, paired_rows),
     };
     let left = Packed::new(unit, x, summed, depth_a_pass(direction, summed));
+    let (tokens, passes) = (x.len() / summed, left.passes());
     let columns = columns_a_task(w, direction);
     let at_hand = (SIDE * left.pass).max(2 * columns);
     let sizes = (left.strips * SIDE * columns, columns * left.pass + at_hand, columns.max(left.pass));
     (0..width.div_ceil(columns)).into_par_iter().for_each(|task| {
+        let here = task * columns..width.min((task + 1) * columns);
         Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
             let multiplier = Multiplier::new(unit);
-            let here = task * columns..width.min((task + 1) * columns);
-            let blocks = here.len().div_ceil(BLOCK);
-            let (right, rows_at_hand) = tiles.split_at_mut(blocks * BLOCK * left.pass);
-            for pass in 0..left.passes() {
+            let sides = here.len().div_ceil(BLOCK);
+            let (right, rows_at_hand) = tiles.split_at_mut(sides * BLOCK * left.pass);
+            for pass in 0..passes {
                 let summed = left.summed(pass);
-                let right = &mut right[..blocks * BLOCK * summed.len()];
+                let right = &mut right[..sides * BLOCK * summed.len()];
                 pack(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
                 let right = |strip: usize| &right[strip * SIDE * summed.len()..][..SIDE * summed.len()];
-                for block in 0..left.strips / 2 {
+                let blocks = (0..left.strips / 2).flat_map(|block| (0..sides).map(move |side| (block, side)));
+                for ((block, side), sums) in blocks.zip(sums.as_chunks_mut().0) {
                     let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
-                    for side in 0..blocks {
-                        let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
-                        let sums = &mut sums[(block * columns + side * BLOCK) * BLOCK..][..BLOCK * BLOCK];
-                        multiplier.multiply_block(strips, pass == 0, sums, BLOCK);
-                    }
-                }
-            }
-            for token in 0..x.len() / left.width {
-                let rows =
-                    sums[token / BLOCK * BLOCK * columns + token % BLOCK * BLOCK..].chunks(BLOCK * BLOCK);
-                for (first, row) in here.clone().step_by(BLOCK).zip(rows) {
-                    let part = first..here.end.min(first + BLOCK);
+                    let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
+                    let tokens = block * BLOCK..tokens.min((block + 1) * BLOCK);
+                    let columns = here.start + side * BLOCK..here.end.min(here.start + (side + 1) * BLOCK);
                     // SAFETY: these columns of the output are this task's alone.
                     #[allow(unsafe_code)]
-                    unsafe {
-                        y.write(token, &part, &row[..part.len()]);
-                    }
+                    let place = unsafe { Place::new(y, tokens, columns) };
+                    place.add(&multiplier, strips, sums, pass == 0, pass + 1 == passes);
                 }
             }
         });
     });
+}
+
+/// Where 32 x 32 numbers of the output belong, or what is left of so many at its edges.
+struct Place {
+    y: Columns,
+    tokens: Range<usize>,
+    columns: Range<usize>,
+}
+
+impl Place {
+    /// # Safety
+    /// The output is still there, and no other task touches these columns.
+    #[allow(unsafe_code)]
+    unsafe fn new(y: Columns, tokens: Range<usize>, columns: Range<usize>) -> Self {
+        Self { y, tokens, columns }
+    }
+
+    /// Adds the product of `strips` to the `sums` of the passes before, if this is not the `first`; the `last` goes to
+    /// where it belongs, while the next one is being multiplied.
+    fn add(
+        &self,
+        multiplier: &Multiplier,
+        strips: Strips,
+        sums: &mut [f32; BLOCK * BLOCK],
+        first: bool,
+        last: bool,
+    ) {
+        let Self { y, tokens, columns } = self;
+        if last && tokens.len() == BLOCK && columns.len() == BLOCK {
+            let before = Sums { start: sums.as_mut_ptr(), stride: BLOCK };
+            let out = y.block(tokens, columns);
+            // SAFETY: the sums are ours, and so is the part of the output, by what `new` asks for.
+            #[allow(unsafe_code)]
+            unsafe {
+                multiplier.multiply_to(strips, (!first).then_some(before), out);
+            }
+            return;
+        }
+        multiplier.multiply_block(strips, first, sums, BLOCK);
+        if last {
+            for (token, row) in tokens.clone().zip(sums.as_chunks::<BLOCK>().0) {
+                // SAFETY: by what `new` asks for.
+                #[allow(unsafe_code)]
+                unsafe {
+                    y.write(token, columns, &row[..columns.len()]);
+                }
+            }
+        }
+    }
 }
 
 /// Fills strips of right tiles with the part of a matrix that begins at a column of the output, along a part
@@ -98,9 +140,7 @@ struct Packed {
     values: Vec<u16>,
     /// Strips of 16 tokens, an even number of them.
     strips: usize,
-    /// Numbers of a token.
-    width: usize,
-    /// The summed dimension: `width` in whole tiles.
+    /// The summed dimension in whole tiles.
     depth: usize,
     /// Of it in one pass.
     pass: usize,
@@ -122,7 +162,7 @@ impl Packed {
                 left_strip(&Multiplier::new(unit), rows.map(|row| &row[columns.clone()]), values);
             });
         }
-        Self { values, strips, width, depth, pass }
+        Self { values, strips, depth, pass }
     }
 
     fn passes(&self) -> usize {
@@ -163,5 +203,9 @@ impl RoundedRows for FrozenMatrix {
             self.dequantize(row, cols, numbers);
             multiplier.round(numbers, out);
         }
+    }
+
+    fn ask_for(&self, row: usize, cols: Range<usize>) {
+        prefetch(self.stored(row, cols));
     }
 }
