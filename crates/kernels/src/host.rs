@@ -64,7 +64,7 @@ pub trait Host: Loops<Numbers = Vec<f32>> {
     ) -> (FloatTensor<Self>, R);
 
     /// A tensor of the same shape, its numbers replaced by `f`: in the same memory if nobody else
-    /// holds the tensor.
+    /// holds the tensor. `f` takes them all, by [`Rewritten::pieces`] or [`Rewritten::places`].
     fn rewrite<R>(tensor: FloatTensor<Self>, f: impl FnOnce(Rewritten) -> R) -> (FloatTensor<Self>, R);
 }
 
@@ -112,18 +112,27 @@ mod flex {
             if let Some((start, end)) = tensor.layout().contiguous_offsets()
                 && let Some(numbers) = tensor.try_storage_mut()
             {
-                let result = f(Rewritten::in_place(&mut numbers[start..end]));
+                let result = f(Rewritten::InPlace(&mut numbers[start..end]));
                 return (tensor, result);
             }
             let tensor = Self::contiguous(tensor);
             let from = Self::numbers(&tensor);
-            Self::write(tensor.shape(), &tensor.device(), |out| f(Rewritten::elsewhere(from, out)))
+            let mut numbers = Vec::with_capacity(from.len());
+            let result = f(Rewritten::Elsewhere(from, &mut numbers.spare_capacity_mut()[..from.len()]));
+            // SAFETY: there is room for so many, and `f` has taken them all, which writes them.
+            #[allow(unsafe_code)]
+            unsafe {
+                numbers.set_len(from.len());
+            }
+            (FlexTensor::from_data(TensorData::new(numbers, tensor.shape())), result)
         }
     }
 }
 
 #[cfg(feature = "tch")]
 mod libtorch {
+    use std::mem::MaybeUninit;
+
     use burn::backend::libtorch::{LibTorchDevice, TchTensor};
     use burn::backend::tensor::{Device, FloatTensor};
     use burn::backend::{LibTorch, TensorMetadata};
@@ -172,12 +181,13 @@ mod libtorch {
             f: impl FnOnce(Rewritten) -> R,
         ) -> (FloatTensor<Self>, R) {
             if tensor.tensor.is_contiguous() && tensor.can_mut() {
-                let result = f(Rewritten::in_place(numbers_mut(&mut tensor)));
+                let result = f(Rewritten::InPlace(numbers_mut(&mut tensor)));
                 return (tensor, result);
             }
             let tensor = Self::contiguous(tensor);
-            let from = Self::numbers(&tensor);
-            Self::write(tensor.shape(), &tensor.device(), |out| f(Rewritten::elsewhere(from, out)))
+            let mut out = TchTensor::empty(tensor.shape(), tensor.device(), DType::F32);
+            let result = f(Rewritten::Elsewhere(Self::numbers(&tensor), unwritten(&mut out)));
+            (out, result)
         }
     }
 
@@ -193,6 +203,16 @@ mod libtorch {
         #[allow(unsafe_code)]
         unsafe {
             std::slice::from_raw_parts_mut(start, length)
+        }
+    }
+
+    /// The same, before anybody has written them.
+    fn unwritten(tensor: &mut TchTensor) -> &mut [MaybeUninit<f32>] {
+        let numbers = numbers_mut(tensor);
+        // SAFETY: the same memory, of which less is said.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts_mut(numbers.as_mut_ptr().cast(), numbers.len())
         }
     }
 

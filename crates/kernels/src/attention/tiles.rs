@@ -52,7 +52,7 @@ pub fn forward(
     let dim = widths.dim;
     let mut log_sums = vec![0.0; q.len() / dim];
     let q = Shared::new(q);
-    let all_log_sums = Shared::new(Rewritten::in_place(&mut log_sums));
+    let all_log_sums = Shared::new(Rewritten::InPlace(&mut log_sums));
     let tasks: Vec<_> = heads(spans, widths, scoring).flat_map(|task| task.split()).collect();
     tasks.into_par_iter().for_each(|task| {
         // SAFETY: tasks have other queries or other heads.
