@@ -31,8 +31,12 @@ use clap::Parser;
 
 use crate::args::Arguments;
 
+#[global_allocator]
+static HEAP: pronk_kernels::Heap = pronk_kernels::Heap;
+
 fn main() -> ExitCode {
     pronk_kernels::keep_freed_memory();
+    pronk_kernels::compute_on_this_thread();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(e) => {

@@ -42,6 +42,7 @@ mod rewritten;
 mod rotary;
 mod soft_cap;
 mod softmax;
+mod threads;
 
 pub use adamw::{AdamW, AdamWState};
 pub use attention::{Scoring, Span, attention, attention_bytes_on_card};
@@ -54,7 +55,7 @@ pub use frozen::{
     Nf4QuantState, Nf4Scales, Precision, dense_bytes_on_card, quantize_int8, quantize_nf4,
 };
 pub use glu::{Activation, glu};
-pub use heap::keep_freed_memory;
+pub use heap::{Heap, keep_freed_memory, take_memory};
 pub use linear::FrozenLinear;
 pub use lion::Lion;
 pub use low_rank::add_low_rank;
@@ -64,3 +65,4 @@ pub use pullback::{Tracked, pull_back};
 pub use random::{Dropout, DropoutKey, EmbeddingNoise, stream};
 pub use rotary::{RopeScaling, Rotary, RotaryTables};
 pub use soft_cap::soft_cap;
+pub use threads::compute_on_this_thread;

@@ -167,6 +167,7 @@ impl<'a> Trainer<'a> {
         } else {
             self.folder.rewind_log(Some(self.state.step))?;
         }
+        self.take_memory();
         while self.state.step < self.plan.total_steps {
             self.heed_save(observer, stop)?;
             let mut record = self.step(observer)?;
@@ -225,6 +226,16 @@ impl<'a> Trainer<'a> {
             self.folder.log(&EvalRecord { step: 0, epoch: 0.0, eval_loss })?;
         }
         Ok(())
+    }
+
+    /// Takes what the graphs of the next micro-batch will lie in, so that the first step does not ask for it page by page.
+    fn take_memory(&self) {
+        let batches = self.plan.micro_batches(self.state.step, &self.data.train, self.micro_batches);
+        let shapes = self.memory.shapes();
+        if let Some(batch) = batches.first().filter(|_| !shapes.on_card()) {
+            let graphs = shapes.footprint(batch.into(), self.memory.keep(batch).graphs).kept_graphs;
+            pronk_kernels::take_memory(usize::try_from(graphs).unwrap_or(0));
+        }
     }
 
     /// One optimizer step.
