@@ -1,10 +1,12 @@
 //! A tokenizer from a Hugging Face directory: its `tokenizer.json`, or where there is none, its
 //! `tokenizer.model`.
 
-use std::collections::HashSet;
+use std::borrow::{Borrow, Cow};
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
@@ -207,31 +209,61 @@ fn added_in_front(tokenizer: &Tokenizer) -> Result<Option<u32>, String> {
 
 /// The parts of `tokenizer.json` that the tokenizers crate takes as they are.
 #[derive(Deserialize)]
-struct File {
-    model: Model,
+struct File<'a> {
+    #[serde(borrow)]
+    model: Model<'a>,
     #[serde(default)]
     post_processor: Value,
 }
 
 /// Of a BPE.
 #[derive(Deserialize)]
-struct Model {
-    #[serde(default)]
-    vocab: Value,
-    #[serde(default)]
-    merges: Vec<Merge>,
+struct Model<'a> {
+    #[serde(borrow, default)]
+    vocab: Vocab<'a>,
+    #[serde(borrow, default)]
+    merges: Vec<Merge<'a>>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Merge {
-    Pair(String, String),
-    Line(String),
+#[allow(clippy::zero_sized_map_values)] // a set would be read from a list
+enum Vocab<'a> {
+    #[serde(borrow)]
+    Ids(HashMap<Text<'a>, IgnoredAny>),
+    /// Those of other models.
+    Other(IgnoredAny),
+}
+
+impl Default for Vocab<'_> {
+    fn default() -> Self {
+        Self::Other(IgnoredAny)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge<'a> {
+    #[serde(borrow)]
+    Pair([Text<'a>; 2]),
+    #[serde(borrow)]
+    Line(Text<'a>),
+}
+
+/// A text that stays in the file where nothing in it is escaped: there are a hundred thousand.
+#[derive(Deserialize, PartialEq, Eq, Hash)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl Borrow<str> for Text<'_> {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
 }
 
 /// The tokenizers crate panics on what is wrong in these; refuse such a file first.
 fn check(text: &str) -> Result<(), String> {
-    let file: File = serde_json::from_str(text).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
+    let file: File<'_> =
+        serde_json::from_str(text).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
     check_merges(&file.model)?;
     check_post_processor(&file.post_processor)
 }
@@ -259,18 +291,18 @@ fn check_post_processor(processor: &Value) -> Result<(), String> {
 }
 
 /// Whether every merge's parts and result are tokens.
-fn check_merges(model: &Model) -> Result<(), String> {
-    let Value::Object(vocab) = &model.vocab else { return Ok(()) };
-    let tokens: HashSet<&str> = vocab.keys().map(String::as_str).collect();
+fn check_merges(model: &Model<'_>) -> Result<(), String> {
+    let Vocab::Ids(tokens) = &model.vocab else { return Ok(()) };
     for (number, merge) in model.merges.iter().enumerate() {
         let (left, right) = match merge {
-            Merge::Pair(left, right) => (left.as_str(), right.as_str()),
+            Merge::Pair([left, right]) => (&*left.0, &*right.0),
             Merge::Line(line) => line
+                .0
                 .split_once(' ')
-                .ok_or_else(|| format!("merge {number} is {line:?}, expected two tokens"))?,
+                .ok_or_else(|| format!("merge {number} is {:?}, expected two tokens", line.0))?,
         };
         let merged = format!("{left}{right}");
-        if let Some(missing) = [left, right, &merged].into_iter().find(|token| !tokens.contains(*token)) {
+        if let Some(missing) = [left, right, &merged].into_iter().find(|token| !tokens.contains_key(*token)) {
             return Err(format!(
                 "merge {number} needs the token {missing:?}, which is not in the vocabulary"
             ));
