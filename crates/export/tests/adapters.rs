@@ -199,12 +199,15 @@ fn a_damaged_gguf_adapter_is_an_error() {
         let error = opened(&whole[..length]).unwrap_err();
         assert!(error.contains("damaged.gguf"), "{error}");
     }
-    let replaced = |from: &str, to: &str| {
-        let at = whole.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+    let place = |of: &str| whole.windows(of.len()).position(|window| window == of.as_bytes()).unwrap();
+    let replaced = |at: usize, by: &[u8]| {
         let mut bytes = whole.clone();
-        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        bytes[at..at + by.len()].copy_from_slice(by);
         opened(&bytes).unwrap_err()
     };
-    assert!(replaced("adapter.type", "adapter.tipe").contains("adapter.type"));
-    assert!(replaced("weight.lora_a", "weight.lora_c").contains("lora_c"));
+    assert!(replaced(place("adapter.type"), b"adapter.tipe").contains("adapter.type"));
+    assert!(replaced(place("weight.lora_a"), b"weight.lora_c").contains("lora_c"));
+    // Behind a tensor's name stand the number of its dimensions, in four bytes, and the dimensions. Found by fuzzing.
+    let dimension = place("weight.lora_a") + "weight.lora_a".len() + 4;
+    assert!(replaced(dimension, &[0; 8]).contains("expected numbers, found none"));
 }

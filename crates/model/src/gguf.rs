@@ -192,6 +192,12 @@ impl GgufFile {
     }
 
     fn dequantize(&self, gguf: &str) -> Result<(Vec<f32>, Vec<usize>), ModelError> {
+        // candle would look at the memory of no bytes, which is nowhere.
+        if let Some(info) = self.content.tensor_infos.get(gguf).filter(|info| info.shape.elem_count() == 0) {
+            let found = info.shape.dims();
+            let problem = format!("tensor {gguf}: expected numbers, found none: its shape is {found:?}");
+            return Err(ModelError::malformed(&self.path, problem));
+        }
         let mut reader = Cursor::new(&self.mapped[..]);
         let mut read = || -> candle_core::Result<_> {
             let tensor = self.content.tensor(&mut reader, gguf, &Device::Cpu)?.dequantize(&Device::Cpu)?;
