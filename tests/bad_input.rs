@@ -163,7 +163,10 @@ fn starts_that_there_are_not() {
         &["base.skip_modules: expected base.quantize = \"nf4\""],
     );
     let skips = ["base.quantize=nf4", "base.skip_modules=['down']"];
-    shop.train("run", "cpu", &skips).fails(&["skip_modules: expected names", "found 'down'", "down_proj"]);
+    let mut plan = train_args("run", "cpu", &skips);
+    plan[0] = "plan".into();
+    let words = ["skip_modules: expected names", "found 'down'", "down_proj"];
+    all_refuse(&shop, &[train_args("run", "cpu", &skips), plan], &words);
     let set = ["base.quantize=int8", "lora.init_lora_weights=loftq", "lora.loftq_config={loftq_bits=4}"];
     shop.train("run", "cpu", &set).fails(&["loftq_bits: expected 8, as the base is quantized to int8"]);
 }

@@ -44,7 +44,13 @@ impl fmt::Display for Shape {
     }
 }
 
+// As the program does.
+#[global_allocator]
+static HEAP: pronk_kernels::Heap = pronk_kernels::Heap;
+
 fn main() {
+    pronk_kernels::keep_freed_memory();
+    pronk_kernels::compute_on_this_thread();
     divan::main();
 }
 

@@ -97,6 +97,9 @@ impl WeightBytes {
         quantization: Option<&Quantization>,
         memory: Memory,
     ) -> Result<Self, ModelError> {
+        if let Some(quantization) = quantization {
+            quantization.check(base)?;
+        }
         let (mut blocks, mut rest, mut dense) = (vec![0; base.config.num_hidden_layers], 0, 0);
         let head = base.config.head_weight();
         for (name, shape) in base.config.tensors() {

@@ -116,7 +116,7 @@ impl Quantization {
     }
 
     /// Refuses to skip what is not there.
-    fn check(&self, base: &Base) -> Result<(), ModelError> {
+    pub(crate) fn check(&self, base: &Base) -> Result<(), ModelError> {
         let modules = base.config.linear_modules();
         let matches = |skip: &String| modules.iter().any(|module| selects(skip, &module.name));
         match self.skip_modules.iter().find(|skip| skip.is_empty() || !matches(skip)) {

@@ -49,6 +49,10 @@ fn backward_by(
     dy: &[f32],
     activation: impl Fn(f32) -> [f32; 2] + Copy + Sync + Send,
 ) {
+    assert!(
+        gate.len() == up.len() && up.len() == dy.len(),
+        "as many gates as numbers to gate, and gradients"
+    );
     gate.pieces(TASK).zip(up.pieces(TASK)).zip(dy.par_chunks(TASK)).for_each(|((gate, up), dy)| {
         widest!(|| {
             for ((gate, up), dy) in gate.iter_mut().zip(up.iter_mut()).zip(dy) {

@@ -33,6 +33,10 @@ fn normalize(x: &mut [f32], weight: &[f32], eps: f32) -> f32 {
 /// `g = dy * weight` it is `scale * (g - x * scale^2 * mean(x * g))`.
 pub fn backward(dy: Rewritten, x: &[f32], weight: &[f32], scales: &[f32]) {
     let width = weight.len();
+    assert!(
+        dy.len() == x.len() && x.len() == scales.len() * width,
+        "a gradient for every number, a scale a row"
+    );
     let inputs = x.par_chunks(TASK * width).zip(scales.par_chunks(TASK));
     dy.pieces(TASK * width).zip(inputs).for_each(|(dy, (x, scales))| {
         widest!(|| {
