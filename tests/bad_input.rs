@@ -163,8 +163,7 @@ fn starts_that_there_are_not() {
         &["base.skip_modules: expected base.quantize = \"nf4\""],
     );
     let skips = ["base.quantize=nf4", "base.skip_modules=['down']"];
-    let mut plan = train_args("run", "cpu", &skips);
-    plan[0] = "plan".into();
+    let plan = ["plan", "recipe.toml", "--set", skips[0], "--set", skips[1]].map(str::to_owned).to_vec();
     let words = ["skip_modules: expected names", "found 'down'", "down_proj"];
     all_refuse(&shop, &[train_args("run", "cpu", &skips), plan], &words);
     let set = ["base.quantize=int8", "lora.init_lora_weights=loftq", "lora.loftq_config={loftq_bits=4}"];
