@@ -15,6 +15,7 @@ mod adamw;
 mod attention;
 mod bf16;
 mod blockwise;
+mod cache_line;
 #[cfg(feature = "cube")]
 mod card;
 mod cross_entropy;

@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use super::nf4::{Nf4Parts, Nf4Scales};
 use super::wide::widest;
 use super::{Format, FrozenError, dense, ggml, int8};
-use crate::bf16::{prefetch, round};
+use crate::bf16::round;
+use crate::cache_line::prefetch;
 
 /// How far ahead rows are asked for that are read once, one after another.
 const ROWS_AHEAD: usize = 2;

@@ -64,10 +64,11 @@ impl Columns {
         }
     }
 
-    /// Where `columns` of `rows` begin, 32 of each.
-    pub(super) fn block(self, rows: &Range<usize>, columns: &Range<usize>) -> Sums {
-        assert!(rows.len() == BLOCK && rows.end <= self.rows && columns.len() == BLOCK);
-        Sums { start: self.at(rows.start, columns), stride: self.width }
+    /// Where `columns` of `rows` begin, where these are 32 of each.
+    pub(super) fn block(self, rows: &Range<usize>, columns: &Range<usize>) -> Option<Sums> {
+        assert!(rows.end <= self.rows);
+        let whole = rows.len() == BLOCK && columns.len() == BLOCK;
+        whole.then(|| Sums { start: self.at(rows.start, columns), stride: self.width })
     }
 
     /// Writes `columns` of `row`.

@@ -9,9 +9,9 @@ use super::FrozenMatrix;
 use super::output::{Columns, Scratch};
 use super::product::columns_a_task;
 use crate::bf16::{
-    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, Sums, left_strip, paired_rows, prefetch,
-    turned_rows,
+    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, Sums, left_strip, paired_rows, turned_rows,
 };
+use crate::cache_line::prefetch;
 use crate::direction::Direction;
 
 /// A multiple of every format's block.
@@ -87,9 +87,8 @@ impl Place {
         last: bool,
     ) {
         let Self { y, tokens, columns } = self;
-        if last && tokens.len() == BLOCK && columns.len() == BLOCK {
+        if last && let Some(out) = y.block(tokens, columns) {
             let before = Sums { start: sums.as_mut_ptr(), stride: BLOCK };
-            let out = y.block(tokens, columns);
             // SAFETY: the sums are ours, and so is the part of the output, by what `new` asks for.
             #[allow(unsafe_code)]
             unsafe {

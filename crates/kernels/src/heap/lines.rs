@@ -1,5 +1,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 
+use crate::cache_line::LINE;
+
 /// The system's allocator, whose larger blocks begin where a line of the cache does: a register of 64 bytes is then
 /// written into one line and not into two. A program makes it its global allocator.
 ///
@@ -9,8 +11,6 @@ use std::alloc::{GlobalAlloc, Layout, System};
 #[derive(Debug)]
 pub struct Heap;
 
-/// Bytes of a line, and of a register.
-const LINE: usize = 64;
 /// Bytes from which on a block is worth it.
 const LARGE: usize = 4096;
 
