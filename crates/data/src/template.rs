@@ -12,7 +12,9 @@ mod python;
 mod record_style;
 
 use std::fmt;
+use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread::Scope;
 
 use minijinja::{Environment, UndefinedBehavior, Value};
@@ -74,7 +76,7 @@ pub struct PromptTemplate {
     name: String,
     source: String,
     style: Style,
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     /// `bos_token` and the like, as a template knows them.
     special: Value,
     /// The spelling of the tokens that end a text.
@@ -124,10 +126,14 @@ impl PromptTemplate {
     /// A template from its source. As usual with Jinja, one newline at the very end of `source` is left off.
     pub fn new(name: &str, source: &str, tokenizer: &TextTokenizer) -> Result<Self, DataError> {
         check_size(name, source.len())?;
-        deep(|| Self::parse(name, source, tokenizer)).unwrap_or_else(|e| Err(no_stack(name, &e)))
+        let special = tokenizer.special_tokens().into_iter().map(|(k, v)| (k, Value::from(v)));
+        let special = Value::from_pairs(special);
+        let eos = tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.token(id)).collect();
+        let own = (name.to_owned(), source.to_owned());
+        deep(move || Self::parse(&own.0, &own.1, special, eos)).unwrap_or_else(|e| Err(no_thread(name, &e)))
     }
 
-    fn parse(name: &str, source: &str, tokenizer: &TextTokenizer) -> Result<Self, DataError> {
+    fn parse(name: &str, source: &str, special: Value, eos: Vec<String>) -> Result<Self, DataError> {
         let mut environment = python::environment().map_err(|error| template_error(name, &error))?;
         let prepared = python::with_generation_calls(source);
         let parsed = environment.template_from_named_str(name, &prepared);
@@ -136,6 +142,7 @@ impl PromptTemplate {
         if style == Style::Record {
             environment = record_environment();
         }
+        environment.set_formatter(python::write_value);
         environment.set_fuel(Some(if style == Style::Chat { CHAT_FUEL } else { FUEL }));
         environment
             .add_template_owned(
@@ -143,15 +150,8 @@ impl PromptTemplate {
                 if style == Style::Chat { prepared } else { source.to_owned() },
             )
             .map_err(|error| template_error(name, &error))?;
-        let special = tokenizer.special_tokens().into_iter().map(|(k, v)| (k, Value::from(v)));
-        let template = Self {
-            name: name.to_owned(),
-            source: source.to_owned(),
-            style,
-            environment,
-            special: Value::from_pairs(special),
-            eos: tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.token(id)).collect(),
-        };
+        let (name, source, environment) = (name.to_owned(), source.to_owned(), Arc::new(environment));
+        let template = Self { name, source, style, environment, special, eos };
         template.probe()?;
         Ok(template)
     }
@@ -243,13 +243,13 @@ impl PromptTemplate {
         scope: &'scope Scope<'scope, '_>,
         run: impl FnOnce() + Send + 'scope,
     ) -> Result<(), DataError> {
-        deep::spawn(scope, run).map(drop).map_err(|e| no_stack(&self.name, &e))
+        deep::spawn(scope, run).map_err(|e| no_thread(&self.name, &e))
     }
 
     fn fill(&self, context: Value) -> Result<String, DataError> {
-        let render = || self.environment.get_template(&self.name)?.render(context);
-        deep(render)
-            .map_err(|e| no_stack(&self.name, &e))?
+        let (environment, name) = (Arc::clone(&self.environment), self.name.clone());
+        deep(move || environment.get_template(&name)?.render(context))
+            .map_err(|e| no_thread(&self.name, &e))?
             .map_err(|error| template_error(&self.name, &error))
     }
 
@@ -275,8 +275,13 @@ fn check_size(name: &str, bytes: usize) -> Result<(), DataError> {
     Err(DataError::Template { name: name.to_owned(), message })
 }
 
-fn no_stack(name: &str, error: &std::io::Error) -> DataError {
-    let message = format!("cannot be rendered, as the system gives no thread for it ({error})");
+fn no_thread(name: &str, error: &io::Error) -> DataError {
+    let message = if error.kind() == io::ErrorKind::TimedOut {
+        let seconds = deep::PATIENCE.as_secs();
+        format!("not rendered after {seconds} s; look for a loop, or for values that hold others over and over")
+    } else {
+        format!("cannot be rendered, as the system gives no thread for it ({error})")
+    };
     DataError::Template { name: name.to_owned(), message }
 }
 

@@ -1,11 +1,13 @@
 //! What chat templates expect of their world: Jinja2 in Python, with the additions of transformers'
 //! `utils/chat_template_utils.py`.
 
-use std::io;
+use std::io::{self, Write};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, UndefinedBehavior};
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{
+    AutoEscape, Environment, Error, ErrorKind, Output, State, UndefinedBehavior, escape_formatter,
+};
 use minijinja_contrib::pycompat;
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, PrettyFormatter, Serializer};
@@ -25,7 +27,7 @@ pub(super) fn environment() -> Result<Environment<'static>, Error> {
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_syntax(syntax);
-    environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(method);
     environment.add_filter("tojson", tojson);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
@@ -61,6 +63,28 @@ fn generation(state: &mut State, arguments: Kwargs) -> Result<String, Error> {
     Ok(format!("{OPEN}{body}{CLOSE}"))
 }
 
+/// What a template writes of a value. One that holds others takes a step for every byte: it may hold them over and over.
+pub(super) fn write_value(output: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    if matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::Iterable) {
+        // Written in vain first, so that what is too large never is in memory.
+        write!(Fuelled(state), "{value}").map_err(|_| Error::from(ErrorKind::OutOfFuel))?;
+    }
+    escape_formatter(output, state, value)
+}
+
+/// Python's methods of strings, lists and dictionaries. `str.format` takes a step for every byte of the widths that it
+/// is asked for.
+fn method(state: &mut State, value: &Value, method: &str, arguments: &[Value]) -> Result<Value, Error> {
+    if let ("format", Some(format)) = (method, value.as_str()) {
+        let fields = format.split('{').skip(1).filter_map(|rest| rest.split('}').next());
+        let numbers = fields.flat_map(|field| field.split(|c: char| !c.is_ascii_digit()));
+        let widths = numbers.filter(|digits| !digits.is_empty());
+        let bytes = widths.map(|digits| digits.parse().unwrap_or(u64::MAX)).fold(0, u64::saturating_add);
+        state.consume_fuel(bytes)?;
+    }
+    pycompat::unknown_method_callback(state, value, method, arguments)
+}
+
 fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses: {message}")))
 }
@@ -89,7 +113,7 @@ fn tojson(state: &State, value: &Value, indent: Option<Value>, arguments: Kwargs
     let separators: Option<Vec<String>> = arguments.get("separators")?;
     arguments.assert_all_used()?;
     let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
-    // Written in vain first, so that what is too large never is in memory.
+    // In vain first, as in `write_value`.
     serde_json::to_writer(Fuelled(state), value).map_err(failed)?;
     let mut json = serde_json::to_value(value).map_err(failed)?;
     if sorted {

@@ -319,7 +319,7 @@ fn what_a_template_nests_does_not_exhaust_the_stack() {
 }
 
 #[test]
-fn json_takes_no_more_room_than_a_template_has_steps() {
+fn what_is_written_takes_no_more_room_than_a_template_has_steps() {
     let refusal = |source: &str| chat(source).unwrap_err().to_string();
     for width in ["64", "99999999999", "999999999999999999999"] {
         let error = refusal(&format!("{{{{ messages | tojson(indent={width}) }}}}"));
@@ -330,6 +330,19 @@ fn json_takes_no_more_room_than_a_template_has_steps() {
         "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}{% endfor %}";
     let error = refusal(&format!("{doubled}{{{{ n.x | tojson }}}}"));
     assert!(error.contains("fuel"), "{error}");
+    // And as Jinja writes it, and numbers as wide as a disk.
+    for written in [&format!("{doubled}{{{{ n.x }}}}"), "{{ '{:>99999999999}'.format('a') }}"] {
+        let error = refusal(written);
+        assert!(error.contains("fuel"), "{error}");
+    }
+}
+
+#[test]
+fn a_template_has_no_more_time_than_it_can_need() {
+    let doubled = "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}\
+        {% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}";
+    let error = chat(&format!("{doubled}{{{{ n.x == n.y }}}}")).unwrap_err().to_string();
+    assert!(error.contains("not rendered after 5 s"), "{error}");
 }
 
 #[test]
