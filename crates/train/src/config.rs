@@ -1,5 +1,6 @@
 use bytesize::ByteSize;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, Unexpected};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{OptimizerKind, SavedInputs, Schedule, TrainError};
 
@@ -54,7 +55,7 @@ pub struct TrainConfig {
     pub saved_inputs: SavedInputs,
     /// What the run may take of the memory it computes in, such as "8GB". Left out: most of what is
     /// free when it starts.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "size")]
     pub memory_budget: Option<ByteSize>,
     /// Seeds the order of the rows, the adapter's first values, and dropout.
     pub seed: u64,
@@ -80,6 +81,23 @@ pub enum OnNan {
     Stop,
     /// Leave the adapter as it is and go on with the next step; many in a row end the run.
     Skip,
+}
+
+/// A size in words that [`ByteSize`] knows, or in bytes.
+fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ByteSize>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a size such as \"8GB\"")]
+    enum Given {
+        Bytes(u64),
+        Words(String),
+    }
+    match Given::deserialize(deserializer)? {
+        Given::Bytes(bytes) => Ok(Some(ByteSize(bytes))),
+        Given::Words(words) => match words.parse() {
+            Ok(size) => Ok(Some(size)),
+            Err(_) => Err(de::Error::invalid_value(Unexpected::Str(&words), &"a size such as \"8GB\"")),
+        },
+    }
 }
 
 impl Default for TrainConfig {

@@ -27,8 +27,14 @@ impl MemoryPlan {
     pub fn new(config: &TrainConfig, shapes: Shapes) -> Self {
         let set = config.memory_budget.map(|budget| budget.as_u64());
         let free = || available_memory_bytes().map(|free| (free as f64 * SHARE) as u64);
+        let recompute = match (config.recompute, config.saved_inputs, set) {
+            // A block that runs again from a rounded input computes other bits than one that is kept: how many do must
+            // not depend on the memory that happens to be free, or a resumed run is another run.
+            (Recompute::Auto, SavedInputs::Bf16, None) => Recompute::Blocks,
+            (asked, ..) => asked,
+        };
         Self {
-            recompute: config.recompute,
+            recompute,
             inputs: config.saved_inputs,
             // Of a graphics card's memory nobody tells: there, without a budget, blocks run again.
             budget: set.or_else(|| if shapes.on_card() { None } else { free() }),
@@ -55,8 +61,12 @@ impl MemoryPlan {
 
     /// What is kept while `batch` goes through.
     pub fn keep(&self, batch: &PackedBatch) -> Keep {
-        let graphs = self.shapes.kept(self.recompute, batch.into(), self.budget);
-        Keep { graphs, inputs: self.inputs }
+        Keep { graphs: self.kept(batch.into()), inputs: self.inputs }
+    }
+
+    /// How many blocks keep their graphs during `work`.
+    pub fn kept(&self, work: Workload) -> usize {
+        self.shapes.kept(self.recompute, work, self.budget)
     }
 
     /// Whether `batch` takes less than half of what there is: so little that an account which is a few
@@ -146,6 +156,19 @@ mod tests {
         let needed = peak(batch.tokens(), batch.supervised());
         assert!(within(2 * needed).is_roomy_for(&batch));
         assert!(!within(2 * needed - 2).is_roomy_for(&batch));
+    }
+
+    #[test]
+    fn what_is_free_decides_nothing_that_changes_bits() {
+        let work = Workload { tokens: 100, supervised: 50, pairs: 0 };
+        let kept = |saved_inputs, memory_budget| {
+            let config = TrainConfig { saved_inputs, memory_budget, ..TrainConfig::default() };
+            MemoryPlan::new(&config, shapes()).kept(work)
+        };
+        let budget = Some(ByteSize::tb(1));
+        assert_eq!(kept(SavedInputs::Bf16, None), 0);
+        assert!(kept(SavedInputs::Bf16, budget) > 0);
+        assert!(kept(SavedInputs::F32, None) > 0);
     }
 
     #[test]

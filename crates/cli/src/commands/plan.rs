@@ -102,12 +102,10 @@ impl Outlook {
         let plan = Plan::new(&recipe.train, recipe.data.order, data.mixture.clone());
         let limit = budget.as_ref().map(|(budget, _)| *budget);
         let largest = Workload::from(&plan.largest_micro_batch(&data.train, sized.micro_batches));
-        let kept = shapes.kept(recipe.train.recompute, largest, limit);
+        let held = limit.map_or_else(|| memory.clone(), |limit| memory.clone().within(limit));
+        let kept = held.kept(largest);
         let of_size = |size| recipe.micro_batches(size, data.max_seq_len);
-        let most_records = limit.and_then(|limit| {
-            let memory = memory.clone().within(limit);
-            memory.largest_micro_batch(&plan, &data.train, recipe.train.batch_size, of_size)
-        });
+        let most_records = held.largest_micro_batch(&plan, &data.train, recipe.train.batch_size, of_size);
         let rows = plan.epoch_rows(0);
         let rows = rows.into_iter().filter_map(|row| data.train.get(row));
         let (tokens, supervised) =
