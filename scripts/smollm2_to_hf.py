@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""SmolLM2's GGUF as a float32 Hugging Face directory that old and new readers agree on.
+"""SmolLM2's GGUF as a Hugging Face directory that old and new readers agree on.
 
-    smollm2_to_hf.py FILE.gguf OUT
+    smollm2_to_hf.py FILE.gguf OUT float32|bfloat16
 
 transformers does the work: it dequantizes and undoes the permutation of the q and k rows. What it gets wrong, or writes
 for its newest readers only, is put right here.
@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 
-def write_model(gguf: Path, out: Path) -> None:
+def write_model(gguf: Path, out: Path, dtype: torch.dtype) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # says "gguf" of weights that are dense by now
     config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.float32
+    config.dtype = dtype
     config.rms_norm_eps = round(config.rms_norm_eps, 9)  # a float32 of 1e-5 in the GGUF
 
     # A model that was loaded from a GGUF refuses to be saved; a fresh one with its weights does not.
-    model = type(loaded)(config)
+    model = type(loaded)(config).to(dtype)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -71,13 +71,13 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        sys.exit("usage: smollm2_to_hf.py FILE.gguf OUT")
-    gguf, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+    if len(sys.argv) != 4 or sys.argv[3] not in ("float32", "bfloat16"):
+        sys.exit("usage: smollm2_to_hf.py FILE.gguf OUT float32|bfloat16")
+    gguf, out, dtype = Path(sys.argv[1]).resolve(), Path(sys.argv[2]), getattr(torch, sys.argv[3])
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     out.mkdir(parents=True, exist_ok=True)
-    write_model(gguf, out)
+    write_model(gguf, out, dtype)
     write_tokenizer(gguf, out)
 
 

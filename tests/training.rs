@@ -299,7 +299,8 @@ fn a_benchmark_measures_steps_and_leaves_nothing() {
         assert_eq!((&found["steps"], &found["device"]), (&3.into(), &device.into()));
         let parts = found["parts"].as_object().unwrap().values().map(|v| v.as_f64().unwrap());
         assert!((parts.sum::<f64>() / number("seconds") - 1.0).abs() < 0.01, "{found}");
-        assert!(number("products_share") > 0.0 && number("products_share") < 1.0);
+        let shares = ["products_share", "adapter_share", "attention_share"].map(number);
+        assert!(shares.iter().all(|&share| share > 0.0) && shares.iter().sum::<f64>() < 1.0);
         assert!(number("supervised_tokens_per_s") < number("tokens_per_s"));
         let (model, peak) = (number("model_operations_per_s"), number("peak_operations_per_s"));
         assert!(model > 0.0 && (number("utilization") / (model / peak) - 1.0).abs() < 1e-9);

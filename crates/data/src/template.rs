@@ -278,7 +278,9 @@ fn check_size(name: &str, bytes: usize) -> Result<(), DataError> {
 fn no_thread(name: &str, error: &io::Error) -> DataError {
     let message = if error.kind() == io::ErrorKind::TimedOut {
         let seconds = deep::PATIENCE.as_secs();
-        format!("not rendered after {seconds} s; look for a loop, or for values that hold others over and over")
+        format!(
+            "not rendered after {seconds} s; look for a loop, or for values that hold others over and over"
+        )
     } else {
         format!("cannot be rendered, as the system gives no thread for it ({error})")
     };

@@ -1,6 +1,10 @@
+// Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
+#![allow(clippy::inline_always)]
+
 #[cfg(feature = "cube")]
 mod card;
 mod pair;
+mod thin;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -8,7 +12,8 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
+use tracing::trace_span;
 
 use self::pair::Pair;
 use crate::host::{Host, Loops, has_loops};
@@ -51,7 +56,7 @@ pub trait LowRank: Backend {
 
 /// The loops, over tensors whose numbers are in order.
 trait LowRankLoops: Loops {
-    /// Returns `scale * x A^T`, `[tokens, rank]`, too.
+    /// Returns `scale * x A^T`, `[tokens, rank]` or with zeros behind each token's, too.
     fn forward(
         y: FloatTensor<Self>,
         x: &FloatTensor<Self>,
@@ -77,6 +82,7 @@ impl<B: Host> LowRankLoops for B {
         factors: [&FloatTensor<Self>; 2],
         scale: f32,
     ) -> (FloatTensor<Self>, Vec<f32>) {
+        let _adapter = trace_span!("adapter").entered();
         B::rewrite(y, |y| pair::<B>(factors, scale).add(y, B::numbers(x)))
     }
 
@@ -88,18 +94,25 @@ impl<B: Host> LowRankLoops for B {
         scale: f32,
         [to_x, to_a, to_b]: [bool; 3],
     ) -> [Option<FloatTensor<Self>>; 3] {
-        let (pair, numbers) = (pair::<B>([a, b], scale), B::numbers(dy));
-        let dlow = pair.pull_back(numbers, low.len());
-        let device = a.device();
-        let da = || B::write(a.shape(), &device, |da| pair.at_a(&dlow, B::numbers(x), da)).0;
-        let db = || B::write(b.shape(), &device, |db| pair.at_b(numbers, low, db)).0;
-        let dx = || B::write(x.shape(), &device, |dx| pair.at_x(&dlow, dx)).0;
-        [to_x.then(dx), to_a.then(da), to_b.then(db)]
+        let _adapter = trace_span!("adapter").entered();
+        let pull_back = |dx: Option<&mut [f32]>| {
+            pair::<B>([a, b], scale).pull_back(B::numbers(dy), B::numbers(x), low, dx)
+        };
+        let (dx, [da, db]) = if to_x {
+            let (dx, factors) = B::write(x.shape(), &x.device(), |dx| pull_back(Some(dx)));
+            (Some(dx), factors)
+        } else {
+            (None, pull_back(None))
+        };
+        let tensor = |numbers, like: &FloatTensor<Self>| {
+            B::float_from_data(TensorData::new(numbers, like.shape()), &like.device())
+        };
+        [dx, to_a.then(|| tensor(da, a)), to_b.then(|| tensor(db, b))]
     }
 }
 
-fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scale: f32) -> Pair<'_> {
-    Pair { a: B::numbers(a), b: B::numbers(b), rank: a.shape()[0], scale }
+fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scale: f32) -> Pair {
+    Pair::new(B::numbers(a), B::numbers(b), a.shape()[0], scale)
 }
 
 impl<B: LowRankLoops> LowRank for B {
@@ -143,7 +156,7 @@ struct Saved<T, L> {
     x: T,
     a: T,
     b: T,
-    /// `scale * x A^T`, `[tokens, rank]`
+    /// `scale * x A^T`, `[tokens, rank]`, or more behind each.
     low: L,
     scale: f32,
 }

@@ -73,6 +73,15 @@ impl<'a> MatrixMut<'a> {
     }
 }
 
+/// Rows of `width` numbers become columns.
+pub fn turned(rows: &[f32], width: usize) -> Vec<f32> {
+    let (height, mut columns) = (rows.len() / width, vec![0.0; rows.len()]);
+    for (i, row) in rows.chunks_exact(width).enumerate() {
+        columns[i..].iter_mut().step_by(height).zip(row).for_each(|(out, x)| *out = *x);
+    }
+    columns
+}
+
 /// `c = a b`, or `c += a b`, the factors rounded to bf16 where `precision` says so and the processor can. Sums
 /// are float32 either way.
 ///

@@ -102,9 +102,11 @@ struct Measured {
     last_loss: f64,
     /// Parts of the steps' seconds; they add up.
     parts: BTreeMap<&'static str, f64>,
-    /// Of the steps' seconds, the share in products with the base's matrices and in attention; on
-    /// the host's processor alone, where they are waited for.
+    /// Of the steps' seconds, the share in products with the base's matrices, in those with the adapter's, and in
+    /// attention, which is two products and a softmax between them; on the host's processor alone, where they are
+    /// waited for.
     products_share: Option<f64>,
+    adapter_share: Option<f64>,
     attention_share: Option<f64>,
     /// Operations a second that the model asks for: what is computed a second time does not count.
     model_operations_per_s: f64,
@@ -155,6 +157,7 @@ impl Measured {
             last_loss: records.last().map_or(f64::NAN, |r| r.loss),
             parts,
             products_share: share("product"),
+            adapter_share: share("adapter"),
             attention_share: share("attention"),
             model_operations_per_s: operations,
             peak_operations_per_s: peak,
@@ -181,7 +184,8 @@ impl Measured {
             row(&format!("  {name}"), format!("{:.3}", seconds / self.steps as f64));
         }
         row("share in products with the base", optional(self.products_share.map(percent)));
-        row("share in attention", optional(self.attention_share.map(percent)));
+        row("  with the adapter", optional(self.adapter_share.map(percent)));
+        row("  in attention", optional(self.attention_share.map(percent)));
         row("model's GFLOP/s", format!("{:.1}", self.model_operations_per_s / 1e9));
         let peak = self.peak_operations_per_s.map(|peak| format!("{:.1}", peak / 1e9));
         row("measured peak, GFLOP/s", optional(peak));

@@ -20,10 +20,7 @@ thread_local! {
 }
 
 /// Runs `run` in `scope` on such a stack, for as long as it takes.
-pub fn spawn<'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    run: impl FnOnce() + Send + 'scope,
-) -> io::Result<()> {
+pub fn spawn<'scope>(scope: &'scope Scope<'scope, '_>, run: impl FnOnce() + Send + 'scope) -> io::Result<()> {
     let run = || {
         DEEP.set(true);
         run();

@@ -15,7 +15,7 @@ use super::Span;
 use super::heads::{Own, Part, Shared, fetch};
 use super::scoring::{Scoring, cap};
 use crate::frozen::wide::widest;
-use crate::product::{Matrix, MatrixMut, multiply};
+use crate::product::{Matrix, MatrixMut, multiply, turned};
 use crate::rewritten::Rewritten;
 use crate::softmax::{exponentials, exponentials_below, pull_back};
 
@@ -304,15 +304,6 @@ fn scale(values: &mut [f32], scale: f32) {
     for x in values {
         *x *= scale;
     }
-}
-
-/// Rows of `width` numbers become columns.
-fn turned(rows: &[f32], width: usize) -> Vec<f32> {
-    let (height, mut columns) = (rows.len() / width, vec![0.0; rows.len()]);
-    for (i, row) in rows.chunks_exact(width).enumerate() {
-        columns[i..].iter_mut().step_by(height).zip(row).for_each(|(out, x)| *out = *x);
-    }
-    columns
 }
 
 /// `length` numbers to be overwritten.

@@ -1,112 +1,151 @@
-//! The products of an adapter's two factors, a few tokens or columns at a time.
+//! The products of an adapter's two factors, a few tokens at a time: all that is read of them is read once.
 
 use rayon::prelude::*;
 
-use crate::product::{Matrix, MatrixMut, multiply_f32};
+use super::thin::{self, ROWS};
+use crate::frozen::wide::widest;
+use crate::product::{Matrix, MatrixMut, multiply_f32, turned};
 use crate::rewritten::Rewritten;
 
 /// Tokens of one task.
-const TOKENS: usize = 64;
-/// Columns of a factor's gradient in one task: each sums over all tokens.
-const COLUMNS: usize = 128;
+const TOKENS: usize = 32;
+/// Ranks up to which the products are [`thin`].
+const THIN: usize = 16;
+/// Parts of the tokens that factors' gradients are summed in, each in memory of its own.
+const PARTS: usize = 16;
 
-/// The two factors of an adapter.
-#[derive(Clone, Copy)]
-pub struct Pair<'a> {
-    /// `[rank, in]`
-    pub a: &'a [f32],
-    /// `[out, rank]`
-    pub b: &'a [f32],
-    pub rank: usize,
-    pub scale: f32,
+/// The two factors of an adapter, with rows of zeros behind those of a small rank.
+pub struct Pair {
+    /// `[rows, in]`
+    a: Vec<f32>,
+    /// B turned, `[rows, out]`.
+    b: Vec<f32>,
+    rank: usize,
+    /// The rank, or as many rows as [`thin`] wants.
+    rows: usize,
+    scale: f32,
 }
 
-impl Pair<'_> {
-    fn a(&self) -> Matrix<'_> {
-        Matrix::rows(self.a, self.a.len() / self.rank)
+impl Pair {
+    /// `a` is `[rank, in]`, `b` is `[out, rank]`.
+    pub fn new(a: &[f32], b: &[f32], rank: usize, scale: f32) -> Self {
+        let rows = if rank <= THIN { rank.next_multiple_of(ROWS) } else { rank };
+        let (inputs, outputs) = (a.len() / rank, b.len() / rank);
+        let (mut a, mut b) = (a.to_vec(), turned(b, rank));
+        a.resize(rows * inputs, 0.0);
+        b.resize(rows * outputs, 0.0);
+        Self { a, b, rank, rows, scale }
     }
 
-    fn b(&self) -> Matrix<'_> {
-        Matrix::rows(self.b, self.rank)
+    fn inputs(&self) -> usize {
+        self.a.len() / self.rows
     }
 
-    /// `y += low B^T` with `low = scale * x A^T`, which it returns, `[tokens, rank]`.
+    fn outputs(&self) -> usize {
+        self.b.len() / self.rows
+    }
+
+    /// `y += low B^T` with `low = scale * x A^T`, which it returns, `[tokens, rows]`.
     ///
     /// # Panics
     /// Where the numbers of `x` and `y` are not as many rows.
     pub fn add(&self, y: Rewritten, x: &[f32]) -> Vec<f32> {
-        let ([_, inputs], [outputs, _]) = (self.a().shape(), self.b().shape());
+        let (inputs, outputs) = (self.inputs(), self.outputs());
         assert_eq!(x.len() / inputs, y.len() / outputs, "as many rows of input as of output");
-        let mut low = vec![0.0; x.len() / inputs * self.rank];
-        let tasks = x.par_chunks(TOKENS * inputs).zip(low.par_chunks_mut(TOKENS * self.rank));
+        let mut low = vec![0.0; x.len() / inputs * self.rows];
+        let tasks = x.par_chunks(TOKENS * inputs).zip(low.par_chunks_mut(TOKENS * self.rows));
         y.pieces(TOKENS * outputs).zip(tasks).for_each(|(y, (x, low))| {
-            multiply_f32(
-                Matrix::rows(x, inputs),
-                self.a().transposed(),
-                MatrixMut::rows(low, self.rank),
-                false,
-            );
-            for x in &mut *low {
-                *x *= self.scale;
-            }
-            multiply_f32(
-                Matrix::rows(low, self.rank),
-                self.b().transposed(),
-                MatrixMut::rows(y, outputs),
-                true,
-            );
+            self.dots(x, &self.a, low);
+            self.add_rows(low, &self.b, y);
         });
         low
     }
 
-    /// `scale * dy B`: the gradient at `x A^T`, `numbers` in all.
-    pub fn pull_back(&self, dy: &[f32], numbers: usize) -> Vec<f32> {
-        let [outputs, _] = self.b().shape();
-        let mut dlow = vec![0.0; numbers];
-        let tasks = dlow.par_chunks_mut(TOKENS * self.rank).zip(dy.par_chunks(TOKENS * outputs));
-        tasks.for_each(|(dlow, dy)| {
-            multiply_f32(Matrix::rows(dy, outputs), self.b(), MatrixMut::rows(dlow, self.rank), false);
-            for x in dlow {
-                *x *= self.scale;
-            }
-        });
-        dlow
-    }
-
-    /// `dlow A`: the gradient at `x`.
-    pub fn at_x(&self, dlow: &[f32], dx: &mut [f32]) {
-        let [_, inputs] = self.a().shape();
-        let tasks = dx.par_chunks_mut(TOKENS * inputs).zip(dlow.par_chunks(TOKENS * self.rank));
-        tasks.for_each(|(dx, dlow)| {
-            multiply_f32(Matrix::rows(dlow, self.rank), self.a(), MatrixMut::rows(dx, inputs), false);
-        });
-    }
-
-    /// `dlow^T x`: the gradient at A.
-    pub fn at_a(&self, dlow: &[f32], x: &[f32], da: &mut [f32]) {
-        let ([rank, inputs], tokens) = (self.a().shape(), dlow.len() / self.rank);
-        let columns = |start: usize| {
-            let width = COLUMNS.min(inputs - start);
-            let mut piece = vec![0.0; rank * width];
-            let x = Matrix::new(&x[start..], [tokens, width], inputs);
-            multiply_f32(Matrix::rows(dlow, rank).transposed(), x, MatrixMut::rows(&mut piece, width), false);
-            piece
+    /// The gradients at A and B for `dy`, `[rank, in]` and `[out, rank]`, from the `low` of [`Self::add`]; that at `x` is
+    /// written to `dx` where it is wanted.
+    pub fn pull_back(&self, dy: &[f32], x: &[f32], low: &[f32], dx: Option<&mut [f32]>) -> [Vec<f32>; 2] {
+        let tokens = (low.len() / self.rows).div_ceil(PARTS).max(TOKENS);
+        let [inputs, outputs] = [self.inputs(), self.outputs()].map(|width| tokens * width);
+        let dx: Vec<Option<&mut [f32]>> = match dx {
+            Some(dx) => dx.chunks_mut(inputs).map(Some).collect(),
+            None => x.chunks(inputs).map(|_| None).collect(),
         };
-        let pieces: Vec<_> = (0..inputs).into_par_iter().step_by(COLUMNS).map(columns).collect();
-        for (i, piece) in pieces.iter().enumerate() {
-            let width = piece.len() / rank;
-            for (da, piece) in da.chunks_exact_mut(inputs).zip(piece.chunks_exact(width)) {
-                da[i * COLUMNS..][..width].copy_from_slice(piece);
+        let tasks = dy.par_chunks(outputs).zip(x.par_chunks(inputs)).zip(low.par_chunks(tokens * self.rows));
+        let parts = tasks.zip(dx).map(|(((dy, x), low), dx)| self.pull_back_part(dy, x, low, dx));
+        // Collected first: whichever task ends first, they are summed in their order.
+        let parts = parts.collect::<Vec<_>>().into_iter().reduce(total);
+        let [a, b] = parts.unwrap_or_else(|| [&self.a, &self.b].map(|rows| vec![0.0; rows.len()]));
+        [a[..self.rank * self.inputs()].to_vec(), turned(&b[..self.rank * self.outputs()], self.outputs())]
+    }
+
+    /// The gradients at A, and at B turned, by some of the tokens.
+    fn pull_back_part(
+        &self,
+        dy: &[f32],
+        x: &[f32],
+        low: &[f32],
+        mut dx: Option<&mut [f32]>,
+    ) -> [Vec<f32>; 2] {
+        let (inputs, outputs) = (self.inputs(), self.outputs());
+        let [mut a, mut b] = [&self.a, &self.b].map(|rows| vec![0.0; rows.len()]);
+        let mut dlow = vec![0.0; TOKENS * self.rows];
+        let tokens = dy.chunks(TOKENS * outputs).zip(x.chunks(TOKENS * inputs));
+        for (i, ((dy, x), low)) in tokens.zip(low.chunks(TOKENS * self.rows)).enumerate() {
+            let dlow = &mut dlow[..low.len()];
+            self.dots(dy, &self.b, dlow);
+            if let Some(dx) = &mut dx {
+                let dx = &mut dx[i * TOKENS * inputs..][..x.len()];
+                dx.fill(0.0);
+                self.add_rows(dlow, &self.a, dx);
+            }
+            self.add_outer(dlow, x, &mut a);
+            self.add_outer(low, dy, &mut b);
+        }
+        [a, b]
+    }
+
+    /// `low = scale * x rows^T`.
+    fn dots(&self, x: &[f32], rows: &[f32], low: &mut [f32]) {
+        let width = rows.len() / self.rows;
+        if self.rank <= THIN {
+            let tokens = x.chunks_exact(width).zip(low.chunks_exact_mut(self.rows));
+            widest!(|| tokens.for_each(|(x, low)| thin::dots(x, rows, self.scale, low)));
+        } else {
+            let (x, rows) = (Matrix::rows(x, width), Matrix::rows(rows, width).transposed());
+            multiply_f32(x, rows, MatrixMut::rows(low, self.rows), false);
+            for x in low {
+                *x *= self.scale;
             }
         }
     }
 
-    /// `dy^T low`: the gradient at B.
-    pub fn at_b(&self, dy: &[f32], low: &[f32], db: &mut [f32]) {
-        let ([outputs, rank], tokens) = (self.b().shape(), low.len() / self.rank);
-        db.par_chunks_mut(COLUMNS * rank).enumerate().for_each(|(i, db)| {
-            let dy = Matrix::new(&dy[i * COLUMNS..], [tokens, db.len() / rank], outputs);
-            multiply_f32(dy.transposed(), Matrix::rows(low, rank), MatrixMut::rows(db, rank), false);
-        });
+    /// `y += low rows`.
+    fn add_rows(&self, low: &[f32], rows: &[f32], y: &mut [f32]) {
+        let width = rows.len() / self.rows;
+        if self.rank <= THIN {
+            let tokens = low.chunks_exact(self.rows).zip(y.chunks_exact_mut(width));
+            widest!(|| tokens.for_each(|(low, y)| thin::add_rows(low, rows, y)));
+        } else {
+            let (low, rows) = (Matrix::rows(low, self.rows), Matrix::rows(rows, width));
+            multiply_f32(low, rows, MatrixMut::rows(y, width), true);
+        }
     }
+
+    /// `rows += low^T x`.
+    fn add_outer(&self, low: &[f32], x: &[f32], rows: &mut [f32]) {
+        let width = rows.len() / self.rows;
+        if self.rank <= THIN {
+            widest!(|| thin::add_outer(low, x, width, rows));
+        } else {
+            let (low, x) = (Matrix::rows(low, self.rows).transposed(), Matrix::rows(x, width));
+            multiply_f32(low, x, MatrixMut::rows(rows, width), true);
+        }
+    }
+}
+
+fn total([mut a, mut b]: [Vec<f32>; 2], part: [Vec<f32>; 2]) -> [Vec<f32>; 2] {
+    for (sums, part) in [&mut a, &mut b].into_iter().zip(part) {
+        sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+    }
+    [a, b]
 }

@@ -11,7 +11,17 @@ fn times_transposed(a: &[f64], b: &[f64], width: usize) -> Vec<f64> {
 
 #[test]
 fn odd_sizes_and_more_than_one_task() {
-    for [tokens, inputs, outputs, rank] in [[1, 3, 5, 1], [7, 13, 11, 3], [67, 130, 9, 4], [65, 5, 131, 8]] {
+    let sizes = [
+        [1, 3, 5, 1],
+        [7, 13, 11, 3],
+        [67, 130, 9, 4],
+        [65, 5, 131, 8],
+        [530, 2, 3, 2],
+        [5, 64, 36, 16],
+        [3, 35, 70, 11],
+        [5, 9, 40, 30],
+    ];
+    for [tokens, inputs, outputs, rank] in sizes {
         let inputs_of_all = [
             Input::random([tokens, outputs], 1),
             Input::random([tokens, inputs], 2),
