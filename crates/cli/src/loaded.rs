@@ -11,7 +11,7 @@ use pronk_data::{
 };
 use pronk_kernels::open_device;
 use pronk_lora::{Adapter, TensorName};
-use pronk_model::{Base, Decoder, Memory, StartWeights, WeightBytes};
+use pronk_model::{Base, CALIBRATION, Decoder, Memory, StartWeights, WeightBytes};
 use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, TrainError, Trainer};
 
 use crate::base::{OpenedBase, without_revision};
@@ -24,8 +24,6 @@ use crate::sizes::{self, Settled, settle};
 use crate::terminal::{print, stop_on_signal};
 
 const SAMPLE_TOKENS: usize = 96;
-/// About how many records show what layers read, and how many tokens of each at most.
-const CALIBRATION: [usize; 2] = [128, 256];
 /// The run's prepared rows, in its folder.
 const PREPARED: &str = "prepared.safetensors";
 

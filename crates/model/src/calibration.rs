@@ -7,7 +7,7 @@ use pronk_lora::{ForwardMode, LayerInputs};
 use crate::{Base, Decoder, Layout, LoadConfig, ModelError, Residency};
 
 /// About how many tokens run at a time.
-const BATCH_TOKENS: usize = 2048;
+pub(crate) const BATCH_TOKENS: usize = 2048;
 
 /// A base that runs over some records, block by block, and the products of its layers' inputs. One block of it is in
 /// memory.

@@ -46,6 +46,6 @@ pub use layout::Layout;
 pub use loader::{LoadConfig, Memory, Residency, WeightBytes};
 pub use quantize::{Origin, Quantization, QuantizedBase, Scheme, quantized};
 pub use staging::Staging;
-pub use start::StartWeights;
+pub use start::{CALIBRATION, StartWeights, start_bytes};
 pub use synth::{SHAPES, Shape, synthesize};
 pub use weights_writer::{ShardSpec, TensorSpec, WeightsWriter, WrittenWeights};

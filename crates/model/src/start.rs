@@ -3,8 +3,12 @@
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_lora::{Adapter, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, ModuleShape};
 
-use crate::calibration::Calibration;
-use crate::{Base, Decoder, ModelError, Scheme};
+use crate::calibration::{BATCH_TOKENS, Calibration};
+use crate::mapped::Pages;
+use crate::{Base, Decoder, DecoderConfig, ModelError, Scheme};
+
+/// Of about how many records QERA looks at what layers read, and how many tokens of each at most.
+pub const CALIBRATION: [usize; 2] = [128, 256];
 
 /// The weights that a fresh adapter may start from.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +85,29 @@ impl Decoder {
     }
 }
 
+/// Bytes that are there while `targets` are started on a base that looks like `config`, beside its weights: in float32
+/// the matrix at hand, what it was and what it has lost; and for QERA the hidden states of its records, what a block's
+/// layers read of some of them, and that times itself, for those and for all. In 16 bits the original's block.
+pub fn start_bytes(config: &DecoderConfig, init: InitLoraWeights, targets: &[&ModuleShape]) -> usize {
+    const FLOAT: usize = size_of::<f32>();
+    let matrix = targets.iter().map(|m| m.in_features * m.out_features).max().unwrap_or(0);
+    match init {
+        InitLoraWeights::Default | InitLoraWeights::Gaussian => 0,
+        InitLoraWeights::Pissa(_) => 2 * FLOAT * matrix,
+        InitLoraWeights::LoftQ => 3 * FLOAT * matrix,
+        InitLoraWeights::Qera => {
+            let [q, _] = config.attention_widths();
+            let (hidden, inner, [records, tokens]) =
+                (config.hidden_size, config.intermediate_size, CALIBRATION);
+            let squares: usize = [hidden, q, hidden, inner].map(|width| width * width).iter().sum();
+            let read = BATCH_TOKENS * (4 * hidden + 2 * q + 3 * inner);
+            let linear: usize = config.linear_modules().iter().map(|m| m.in_features * m.out_features).sum();
+            let block = linear / config.num_hidden_layers.max(1);
+            FLOAT * (3 * matrix + records * tokens * hidden + read + 2 * squares) + size_of::<u16>() * block
+        }
+    }
+}
+
 /// What quantizing a base has taken away.
 struct Lost<'a> {
     original: &'a Base,
@@ -89,7 +116,11 @@ struct Lost<'a> {
 
 impl Lost<'_> {
     fn by(&self, module: &ModuleShape, device: &Device) -> Result<Tensor<2>, ModelError> {
-        Ok(weight(self.original, module, device)? - weight(self.base, module, device)?)
+        let original = weight(self.original, module, device)?;
+        // Nobody reads it again.
+        let pages = self.original.pages(&format!("{}.weight", module.layer()));
+        pages.iter().for_each(Pages::release);
+        Ok(original - weight(self.base, module, device)?)
     }
 }
 

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pronk_data::PackedBatch;
 use pronk_kernels::{attention_bytes_on_card, logit_rows};
 use pronk_lora::{EMBED_TOKENS, LM_HEAD, LoraConfig, LoraError, TensorKind, TensorName};
-use pronk_model::{DecoderConfig, Memory, WeightBytes};
+use pronk_model::{DecoderConfig, Memory, WeightBytes, start_bytes};
 
 use crate::{OptimizerKind, Recompute, SavedInputs};
 
@@ -65,19 +65,21 @@ pub struct Footprint {
     pub step: u64,
     /// The matrix that is dense for its product, on a card.
     pub dense: u64,
+    /// What the adapter's first values are computed in, before the first step, where weights are decomposed for them.
+    pub start: u64,
     /// The program.
     pub program: u64,
 }
 
 impl Footprint {
-    /// At the worst moment: blocks and logits never need their memory at once.
+    /// At the worst moment: blocks and logits never need their memory at once, and none of both what comes before them.
     pub fn peak(&self) -> u64 {
         let run = self.adapter + self.optimizer + self.saved_inputs + self.kept_graphs;
         let always = run + self.save + self.dense + self.program;
         let in_a_block = self.weights + self.block_graph;
         // What the graphs have left free is hardly ever there in one piece for what comes behind them.
         let behind = self.logits.max(self.step) + if self.streamed { 0 } else { self.weights };
-        always + in_a_block.max(behind)
+        (always + in_a_block.max(behind)).max(self.weights + self.start + self.adapter + self.program)
     }
 }
 
@@ -92,6 +94,8 @@ pub struct Shapes {
     dora_outputs: usize,
     /// Whether the factors that the adapter started from are kept beside it.
     keeps_start: bool,
+    /// Bytes that it is started in.
+    start: u64,
     /// Numbers in the adapter.
     adapter_numbers: u64,
     /// Numbers in the embeddings, and in the head, where they are trained whole.
@@ -135,6 +139,7 @@ impl Shapes {
             // Dropout has the base multiplied with what it leaves as well.
             dora_outputs: magnitudes(outputs.values().sum()) * if lora.dropout > 0.0 { 2 } else { 1 },
             keeps_start: lora.init_lora_weights.keeps_start(),
+            start: start_bytes(model, lora.init_lora_weights, &targets) as u64,
             adapter_numbers: (numbers.sum::<usize>() + whole_numbers) as u64,
             embedding_numbers,
             whole_numbers: whole_numbers as u64,
@@ -187,6 +192,7 @@ impl Shapes {
             save: 2 * adapter_file + states_file,
             step: (self.step_copies * largest).max(adapter_file + states_file),
             dense: self.weights.dense,
+            start: self.start,
             program: if self.on_card() { CONTEXT } else { PROGRAM },
         }
     }
@@ -263,14 +269,33 @@ impl Shapes {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use pronk_lora::InitLoraWeights;
+
     use super::*;
 
     pub(crate) fn shapes() -> Shapes {
+        shapes_of(&LoraConfig::default())
+    }
+
+    fn shapes_of(lora: &LoraConfig) -> Shapes {
         let config = r#"{"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4,
             "num_attention_heads": 4, "model_type": "llama"}"#;
         let model = DecoderConfig::from_json(config.as_bytes()).unwrap();
         let weights = WeightBytes { memory: Memory::Host, resident: 1 << 20, streamed_head: 0, dense: 0 };
-        Shapes::new(&model, weights, &LoraConfig::default()).unwrap()
+        Shapes::new(&model, weights, lora).unwrap()
+    }
+
+    #[test]
+    fn what_comes_before_the_first_step_counts_where_it_is_more() {
+        let (small, large) = (1, 1 << 20);
+        let peak = |init_lora_weights, tokens| {
+            let lora = LoraConfig { init_lora_weights, ..LoraConfig::default() };
+            let work = Workload { tokens, supervised: tokens, pairs: 0 };
+            shapes_of(&lora).footprint(work, 0).peak()
+        };
+        let (plain, qera) = (InitLoraWeights::Default, InitLoraWeights::Qera);
+        assert!(peak(qera, small) > peak(plain, small) + (128 * 256 * 64 * FLOAT));
+        assert_eq!(peak(qera, large), peak(plain, large));
     }
 
     #[test]

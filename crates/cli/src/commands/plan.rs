@@ -143,6 +143,7 @@ impl Outlook {
             save,
             step,
             dense,
+            start,
             program,
         } = self.footprint;
         let rows = [
@@ -155,14 +156,18 @@ impl Outlook {
             ("or: logits", logits),
             ("the program", program),
         ];
-        let of_whole = [("or: the optimizer's step", step), ("a save being written", save)];
-        let of_whole = of_whole.into_iter().filter(|(_, bytes)| *bytes > 0);
-        let on_card = (dense > 0).then_some(("one dense matrix", dense));
+        let rare = [
+            ("or: the optimizer's step", step),
+            ("or: decomposing weights before step 1", start),
+            ("a save being written", save),
+            ("one dense matrix", dense),
+        ];
+        let rare = rare.into_iter().filter(|(_, bytes)| *bytes > 0);
         let mut text = format!(
             "the largest micro-batch: {} tokens, {} learned; {} blocks keep their graphs\n\n",
             self.largest.tokens, self.largest.supervised, self.kept
         );
-        for (what, bytes) in rows.into_iter().chain(of_whole).chain(on_card) {
+        for (what, bytes) in rows.into_iter().chain(rare) {
             let _ = writeln!(text, "{what:<38}{:>12}", size(bytes));
         }
         let _ = writeln!(text, "{:<38}{:>12}", "peak", size(self.footprint.peak()));
