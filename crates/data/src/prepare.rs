@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -86,18 +86,10 @@ pub fn key(
 
 /// SHA-256 of a file of any size.
 fn digest(path: &Path) -> Result<impl std::ops::Deref<Target = [u8]>, DataError> {
-    let io = |source| DataError::io(path, "read the data file")(source);
-    let mut file = File::open(path).map_err(io)?;
     let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 18];
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => return Ok(hasher.finalize().to_vec()),
-            Ok(bytes) => hasher.update(buffer.get(..bytes).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(io(error)),
-        }
-    }
+    let copied = File::open(path).and_then(|mut file| io::copy(&mut file, &mut hasher));
+    copied.map_err(DataError::io(path, "read the data file"))?;
+    Ok(hasher.finalize().to_vec())
 }
 
 /// Reads, renders and tokenizes all records, in memory that does not grow with them but for some 24 bytes a row: the

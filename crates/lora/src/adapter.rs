@@ -5,6 +5,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pronk_kernels::{Tracked, stream};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rand_distr::StandardNormal;
 
 use crate::{InitLoraWeights, LoraConfig, LoraError, StartFactors, TensorName};
 
@@ -121,7 +122,7 @@ impl Adapter {
             rng.set_stream(stream(&module.name));
             let numbers = 0..rank * module.in_features;
             let a: Vec<f32> = if config.init_lora_weights == InitLoraWeights::Gaussian {
-                numbers.map(|_| normal(&mut rng) / rank as f32).collect()
+                numbers.map(|_| rng.sample::<f32, _>(StandardNormal) / rank as f32).collect()
             } else {
                 let bound = 1.0 / (module.in_features as f32).sqrt();
                 numbers.map(|_| rng.random_range(-bound..bound)).collect()
@@ -157,10 +158,4 @@ impl Adapter {
     pub fn parameters(&self) -> usize {
         self.tensors().map(|(_, tensor)| tensor.shape().num_elements()).sum()
     }
-}
-
-/// A number of a standard normal distribution, by Box and Muller's way.
-fn normal(rng: &mut ChaCha8Rng) -> f32 {
-    let (radius, turn): (f32, f32) = (rng.random_range(f32::MIN_POSITIVE..1.0), rng.random_range(0.0..1.0));
-    (-2.0 * radius.ln()).sqrt() * (std::f32::consts::TAU * turn).cos()
 }

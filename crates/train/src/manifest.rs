@@ -59,21 +59,9 @@ impl Content {
 
     /// The first `bytes` bytes of the file at `path`, or all where there are fewer.
     fn of_beginning(path: &Path, bytes: u64) -> io::Result<Self> {
-        let mut file = File::open(path)?.take(bytes);
         let mut hasher = Sha256::new();
-        let mut buffer = vec![0; 1 << 16];
-        let mut total = 0;
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => return Ok(Self { bytes: total, sha256: hex(hasher) }),
-                Ok(read) => {
-                    hasher.update(buffer.get(..read).unwrap_or_default());
-                    total += read as u64;
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
+        let bytes = io::copy(&mut File::open(path)?.take(bytes), &mut hasher)?;
+        Ok(Self { bytes, sha256: hex(hasher) })
     }
 
     /// Whether the file at `path` holds it; if not, what was found.
