@@ -62,7 +62,7 @@ fn bytes_of(numbers: usize) -> BytesCount {
     BytesCount::new(numbers * size_of::<f32>())
 }
 
-/// The floor of what only reads and writes: as many numbers, copied.
+/// The floor of what only reads and writes: numbers, copied, as many bytes a second.
 fn copy(bencher: Bencher, numbers: usize) {
     let (from, mut to) = (vec![1.0_f32; numbers / 2], vec![0.0_f32; numbers / 2]);
     bencher.counter(bytes_of(numbers)).bench_local(|| divan::black_box(&mut to).copy_from_slice(&from));
@@ -76,6 +76,15 @@ mod rms_norm {
         let (x, weight) = (random([TOKENS, shape.hidden]), random([shape.hidden]));
         let norm = || pronk_kernels::rms_norm(x.clone(), &weight, 1e-5);
         bencher.counter(bytes_of(2 * TOKENS * shape.hidden)).bench_local(norm);
+    }
+
+    /// Forwards and backwards, as everywhere below.
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn gradient(bencher: Bencher, shape: Shape) {
+        let (x, weight) = (random([TOKENS, shape.hidden]), random([shape.hidden]));
+        let dy: Tensor<2> = random([TOKENS, shape.hidden]);
+        let norm = || pronk_kernels::rms_norm(x.clone().tracked(), &weight, 1e-5);
+        bencher.counter(bytes_of(5 * TOKENS * shape.hidden)).bench_local(|| pull_back(&norm(), dy.clone()));
     }
 
     #[divan::bench(args = [SMALL, LARGE])]
@@ -96,6 +105,13 @@ mod glu {
     }
 
     #[divan::bench(args = [SMALL, LARGE])]
+    fn gradient(bencher: Bencher, shape: Shape) {
+        let [gate, up, dy] = [(); 3].map(|()| random([TOKENS, shape.inner]));
+        let glu = || pronk_kernels::glu(gate.clone().tracked(), up.clone().tracked(), Activation::Silu);
+        bencher.counter(bytes_of(8 * TOKENS * shape.inner)).bench_local(|| pull_back(&glu(), dy.clone()));
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
     fn floor(bencher: Bencher, shape: Shape) {
         copy(bencher, 3 * TOKENS * shape.inner);
     }
@@ -112,6 +128,17 @@ mod add_low_rank {
         let (a, b) = (random([RANK, shape.hidden]), random([shape.hidden, RANK]));
         let add = || pronk_kernels::add_low_rank(y.clone(), x.clone(), &a, &b, 2.0);
         bencher.counter(bytes_of(3 * TOKENS * shape.hidden)).bench_local(add);
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn gradient(bencher: Bencher, shape: Shape) {
+        let [y, x, dy] = [(); 3].map(|()| random([TOKENS, shape.hidden]));
+        let (a, b) = (random([RANK, shape.hidden]), random([shape.hidden, RANK]));
+        let add = || {
+            let (a, b) = (a.clone().tracked(), b.clone().tracked());
+            pronk_kernels::add_low_rank(y.clone(), x.clone().tracked(), &a, &b, 2.0)
+        };
+        bencher.counter(bytes_of(6 * TOKENS * shape.hidden)).bench_local(|| pull_back(&add(), dy.clone()));
     }
 
     #[divan::bench(args = [SMALL, LARGE])]
@@ -135,6 +162,17 @@ mod rotary {
     }
 
     #[divan::bench(args = [SMALL, LARGE])]
+    fn gradient(bencher: Bencher, shape: Shape) {
+        let positions: Vec<u32> = (0..TOKENS as u32).map(|i| i % RECORD as u32).collect();
+        let rotary = Rotary::new(shape.dim, 10_000.0, RopeScaling::None);
+        let tables = rotary.tables(&positions, &Device::flex());
+        let [x, dy] = [(); 2].map(|()| random([TOKENS, shape.heads, shape.dim]));
+        let numbers = 4 * TOKENS * shape.heads * shape.dim;
+        let turn = || tables.apply(x.clone().tracked());
+        bencher.counter(bytes_of(numbers)).bench_local(|| pull_back(&turn(), dy.clone()));
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
     fn floor(bencher: Bencher, shape: Shape) {
         copy(bencher, 2 * TOKENS * shape.heads * shape.dim);
     }
@@ -152,28 +190,31 @@ mod attention {
         (0..TOKENS).step_by(RECORD).map(|start| Span::document(start..start + RECORD)).collect()
     }
 
-    /// Two products over the keys that a query sees, half a record's on average.
-    fn operations(shape: Shape) -> ItemsCount {
-        ItemsCount::new(2 * 2 * TOKENS * shape.heads * shape.dim * RECORD.div_ceil(2))
+    /// So many products over the keys that a query sees, half a record's on average.
+    fn operations(products: usize, shape: Shape) -> ItemsCount {
+        ItemsCount::new(2 * products * TOKENS * shape.heads * shape.dim * RECORD.div_ceil(2))
+    }
+
+    /// In what the base computes in.
+    fn scoring(shape: Shape) -> Scoring {
+        Scoring { precision: Precision::fastest(), ..Scoring::of_heads(shape.dim) }
     }
 
     #[divan::bench(args = [SMALL, LARGE])]
     fn forward(bencher: Bencher, shape: Shape) {
         let ([q, k, v], spans) = (heads(shape), spans());
-        let scoring = Scoring::of_heads(shape.dim);
-        let attend = || pronk_kernels::attention(q.clone(), &k, &v, &spans, scoring);
-        bencher.counter(operations(shape)).bench_local(attend);
+        let attend = || pronk_kernels::attention(q.clone(), &k, &v, &spans, scoring(shape));
+        bencher.counter(operations(2, shape)).bench_local(attend);
     }
 
-    /// Forwards and backwards.
+    /// Backwards scores are computed again, and four products more.
     #[divan::bench(args = [SMALL, LARGE])]
     fn gradient(bencher: Bencher, shape: Shape) {
         let (inputs, spans) = (heads(shape), spans());
         let gradient: Tensor<2> = random([TOKENS, shape.heads * shape.dim]);
-        let scoring = Scoring::of_heads(shape.dim);
-        bencher.counter(operations(shape)).bench_local(|| {
+        bencher.counter(operations(7, shape)).bench_local(|| {
             let [q, k, v] = inputs.clone().map(Tracked::tracked);
-            pull_back(&pronk_kernels::attention(q, &k, &v, &spans, scoring), gradient.clone())
+            pull_back(&pronk_kernels::attention(q, &k, &v, &spans, scoring(shape)), gradient.clone())
         });
     }
 }

@@ -64,7 +64,7 @@ pub trait Host: Loops<Numbers = Vec<f32>> {
     ) -> (FloatTensor<Self>, R);
 
     /// A tensor of the same shape, its numbers replaced by `f`: in the same memory if nobody else
-    /// holds the tensor. `f` takes them all, by [`Rewritten::pieces`] or [`Rewritten::places`].
+    /// holds the tensor. `f` takes them all, by [`Rewritten::pieces`], or by [`Rewritten::places`] and writes all others.
     fn rewrite<R>(tensor: FloatTensor<Self>, f: impl FnOnce(Rewritten) -> R) -> (FloatTensor<Self>, R);
 }
 

@@ -31,9 +31,12 @@ impl<'a> Matrix<'a> {
         Self::new(values, [values.len() / cols, cols], cols)
     }
 
-    /// Rows and columns.
-    pub fn shape(self) -> [usize; 2] {
-        self.shape
+    /// Some of its rows and columns.
+    fn part(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(rows.end <= self.shape[0] && cols.end <= self.shape[1], "rows and columns that exist");
+        let [down, right] = self.strides;
+        let values = &self.values[rows.start * down + cols.start * right..];
+        Self { values, shape: [rows.len(), cols.len()], ..self }
     }
 
     /// The numbers of row `i`, where they lie side by side.
@@ -73,11 +76,19 @@ impl<'a> MatrixMut<'a> {
     }
 }
 
-/// Rows of `width` numbers become columns.
+/// Rows of `width` numbers become columns, a square of them at a time: then both are near.
 pub fn turned(rows: &[f32], width: usize) -> Vec<f32> {
     let (height, mut columns) = (rows.len() / width, vec![0.0; rows.len()]);
-    for (i, row) in rows.chunks_exact(width).enumerate() {
-        columns[i..].iter_mut().step_by(height).zip(row).for_each(|(out, x)| *out = *x);
+    for top in (0..height).step_by(SIDE) {
+        let bottom = height.min(top + SIDE);
+        for left in (0..width).step_by(SIDE) {
+            for col in left..width.min(left + SIDE) {
+                let out = &mut columns[col * height..][top..bottom];
+                for (out, row) in out.iter_mut().zip(top..bottom) {
+                    *out = rows[row * width + col];
+                }
+            }
+        }
     }
     columns
 }
@@ -139,30 +150,78 @@ pub fn multiply_f32(a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
     }
 }
 
+/// A right factor that many products share: it is packed once, where they are in bf16.
+pub struct RightFactor<'a> {
+    numbers: Matrix<'a>,
+    packed: Option<(Bf16Unit, Vec<u16>)>,
+}
+
+impl<'a> RightFactor<'a> {
+    /// Of products in `precision`.
+    pub fn new(numbers: Matrix<'a>, precision: Precision) -> Self {
+        let unit = Bf16Unit::detect().filter(|_| precision == Precision::Bf16);
+        let packed = unit.map(|unit| {
+            let mut tiles = Vec::new();
+            Packs::with(|packs| packs.fill_right(&Multiplier::new(unit), numbers, &mut tiles));
+            (unit, tiles)
+        });
+        Self { numbers, packed }
+    }
+
+    /// `c = a b`, or `c += a b`, with `rows` and `cols` of this factor for b. Both begin at a multiple of 32; what
+    /// follows the rows is multiplied by zeros.
+    ///
+    /// # Panics
+    /// Where the shapes do not fit.
+    pub fn multiply(&self, a: Matrix, rows: Range<usize>, cols: Range<usize>, c: MatrixMut, add: bool) {
+        let b = self.numbers.part(rows.clone(), cols.clone());
+        let Some((unit, tiles)) = &self.packed else { return multiply_f32(a, b, c, add) };
+        assert!(rows.start.is_multiple_of(DEPTH) && cols.start.is_multiple_of(BLOCK), "whole tiles before");
+        let depth = rows.len().next_multiple_of(DEPTH);
+        let strip = SIDE * self.numbers.shape[0].next_multiple_of(DEPTH);
+        let first = cols.start / SIDE * strip + rows.start * SIDE;
+        let right = |i: usize| &tiles[first + i * strip..][..SIDE * depth];
+        multiply_packed(&Multiplier::new(*unit), shape(a, b, &c), a, right, c, add);
+    }
+}
+
 /// Both factors are packed whole: they are to fit into a core's cache.
-#[allow(clippy::needless_pass_by_value)] // as above
 fn multiply_bf16(unit: Bf16Unit, a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
-    let [m, n, k] = shape(a, b, &c);
+    let shape = shape(a, b, &c);
+    let (multiplier, strip) = (Multiplier::new(unit), SIDE * shape[2].next_multiple_of(DEPTH));
+    let mut tiles = Packs::with(|packs| std::mem::take(&mut packs.right));
+    Packs::with(|packs| packs.fill_right(&multiplier, b, &mut tiles));
+    multiply_packed(&multiplier, shape, a, |i| &tiles[i * strip..][..strip], c, add);
+    Packs::with(|packs| packs.right = tiles);
+}
+
+/// The product `[m, n, k]` with a right factor whose strips are packed.
+#[allow(clippy::needless_pass_by_value)] // as above
+fn multiply_packed<'r>(
+    multiplier: &Multiplier,
+    [m, n, k]: [usize; 3],
+    a: Matrix,
+    right: impl Fn(usize) -> &'r [u16],
+    c: MatrixMut,
+    add: bool,
+) {
     let MatrixMut { values, stride, .. } = c;
-    let multiplier = Multiplier::new(unit);
     Packs::with(|packs| {
         let depth = k.next_multiple_of(DEPTH);
-        packs.fill_left(&multiplier, a, depth);
-        packs.fill_right(&multiplier, b, depth);
+        packs.fill_left(multiplier, a, depth);
         let strip = SIDE * depth;
         for side in 0..n.div_ceil(BLOCK) {
             for block in 0..m.div_ceil(BLOCK) {
                 let left = [2 * block, 2 * block + 1].map(|i| &packs.left[i * strip..(i + 1) * strip]);
-                let right = [2 * side, 2 * side + 1].map(|i| &packs.right[i * strip..(i + 1) * strip]);
-                let strips = Strips { left, right };
+                let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
                 let (row, col) = (block * BLOCK, side * BLOCK);
                 let (rows, cols) = (BLOCK.min(m - row), BLOCK.min(n - col));
                 let sums = &mut values[row * stride + col..];
                 if rows == BLOCK && cols == BLOCK {
                     multiplier.multiply_block(strips, !add, sums, stride);
                 } else {
-                    let mut edge = [0.0; BLOCK * BLOCK];
-                    multiplier.multiply_block(strips, true, &mut edge, BLOCK);
+                    let edge = &mut packs.edge;
+                    multiplier.multiply_block(strips, true, edge, BLOCK);
                     for (sums, edge) in sums.chunks_mut(stride).zip(edge.chunks_exact(BLOCK)).take(rows) {
                         for (sum, x) in sums.iter_mut().zip(&edge[..cols]) {
                             *sum = if add { *sum + x } else { *x };
@@ -175,12 +234,20 @@ fn multiply_bf16(unit: Bf16Unit, a: Matrix, b: Matrix, c: MatrixMut, add: bool) 
 }
 
 /// Memory that both factors of a product are packed in, kept by each thread.
-#[derive(Default)]
 struct Packs {
     left: Vec<u16>,
     right: Vec<u16>,
     rows: Vec<u16>,
     numbers: Vec<f32>,
+    /// A block at the edge of a product, which has fewer rows or columns.
+    edge: [f32; BLOCK * BLOCK],
+}
+
+impl Default for Packs {
+    fn default() -> Self {
+        let (left, right, rows, numbers) = Default::default();
+        Self { left, right, rows, numbers, edge: [0.0; BLOCK * BLOCK] }
+    }
 }
 
 impl Packs {
@@ -211,10 +278,10 @@ impl Packs {
         }
     }
 
-    fn fill_right(&mut self, multiplier: &Multiplier, b: Matrix, depth: usize) {
-        let width = b.shape[1].next_multiple_of(BLOCK);
-        self.right.resize(width * depth, 0);
-        let Self { right, rows, .. } = self;
+    fn fill_right(&mut self, multiplier: &Multiplier, b: Matrix, right: &mut Vec<u16>) {
+        let (depth, width) = (b.shape[0].next_multiple_of(DEPTH), b.shape[1].next_multiple_of(BLOCK));
+        right.resize(width * depth, 0);
+        let rows = &mut self.rows;
         if b.strides[1] == 1 {
             rows.resize(2 * width, 0);
             paired_rows(&b, multiplier, 0, 0..depth, &mut [], rows, right);

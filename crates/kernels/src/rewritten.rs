@@ -23,17 +23,13 @@ impl<'a> Rewritten<'a> {
         }
     }
 
-    /// Where the numbers are read, where the others are written, which may be one place and holds numbers in any case,
+    /// Where the numbers are read, where all the others are to be written, which may be one place or hold nothing yet,
     /// and how many there are.
     pub fn places(self) -> (*const f32, *mut f32, usize) {
-        const PIECE: usize = 1 << 14;
         let length = self.len();
         match self {
             Self::InPlace(numbers) => (numbers.as_ptr(), numbers.as_mut_ptr(), length),
-            Self::Elsewhere(from, out) => {
-                out.par_chunks_mut(PIECE).for_each(|out| out.fill(MaybeUninit::new(0.0)));
-                (from.as_ptr(), out.as_mut_ptr().cast(), length)
-            }
+            Self::Elsewhere(from, out) => (from.as_ptr(), out.as_mut_ptr().cast(), length),
         }
     }
 

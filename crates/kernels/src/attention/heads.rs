@@ -44,7 +44,7 @@ pub fn fetch(all: &[f32], part: &Part, values: &mut Vec<f32>) {
     part.runs().for_each(|run| values.extend_from_slice(&all[run]));
 }
 
-/// Numbers that tasks replace, each a part of its own.
+/// Numbers that tasks replace, each a part of its own, and together all of them.
 #[derive(Clone, Copy)]
 pub struct Shared<'a> {
     from: *const f32,
@@ -105,10 +105,12 @@ impl Own<'_> {
         let mut rest = values;
         for run in self.runs(tokens) {
             let (values, others) = rest.split_at(run.len());
-            // SAFETY: `part` has checked that the run is there; nobody else reads or writes it.
+            // SAFETY: `part` has checked that the run is there; nobody else reads or writes it, and the values are not
+            // a part of it.
             #[allow(unsafe_code)]
-            let run = unsafe { std::slice::from_raw_parts_mut(self.all.out.add(run.start), run.len()) };
-            run.copy_from_slice(values);
+            unsafe {
+                self.all.out.add(run.start).copy_from_nonoverlapping(values.as_ptr(), values.len());
+            }
             rest = others;
         }
     }

@@ -15,13 +15,15 @@ use super::Span;
 use super::heads::{Own, Part, Shared, fetch};
 use super::scoring::{Scoring, cap};
 use crate::frozen::wide::widest;
-use crate::product::{Matrix, MatrixMut, multiply, turned};
+use crate::product::{Matrix, MatrixMut, RightFactor, multiply, turned};
 use crate::rewritten::Rewritten;
 use crate::softmax::{exponentials, exponentials_below, pull_back};
 
 /// Rows of a tile, its queries times the query heads that share a key head: enough to keep a
 /// product busy, few enough that its scores stay in a core's cache.
 const ROWS: usize = 96;
+/// A tile's keys begin at a multiple of so many, where the tiles of products do.
+const KEYS: usize = 32;
 /// Queries of a task. A long record has more of them than one, for all cores to have work where heads are few.
 const QUERIES: usize = 512;
 
@@ -92,11 +94,12 @@ pub fn backward(
             numbers
         });
         let tasks: Vec<_> = head.split().collect();
+        let factors = Factors::new(&keys, &values, dim, scoring);
         let parts = tasks.into_par_iter().map(|task| {
             // SAFETY: tasks have other queries.
             #[allow(unsafe_code)]
             let q = unsafe { q.part(task.queries(dim)) };
-            Scratch::with(|scratch| task.pull_back(q, [&keys, &values], log_sums, dy, scratch))
+            Scratch::with(|scratch| task.pull_back(q, &factors, log_sums, dy, scratch))
         });
         // Collected first: whichever task ends first, they are summed in their order.
         for (own, gradients) in [&mut k, &mut v].into_iter().zip(totals(parts.collect(), keys.len())) {
@@ -126,13 +129,31 @@ struct Task<'a> {
     scoring: Scoring,
 }
 
+/// What the backward pass multiplies by, of the keys of one head.
+struct Factors<'a> {
+    /// `[keys, dim]`
+    keys: RightFactor<'a>,
+    /// `[dim, keys]`
+    keys_turned: RightFactor<'a>,
+    values_turned: RightFactor<'a>,
+}
+
+impl<'a> Factors<'a> {
+    fn new(keys: &'a [f32], values: &'a [f32], dim: usize, scoring: Scoring) -> Self {
+        let [keys, values] = [keys, values].map(|numbers| Matrix::rows(numbers, dim));
+        let [keys, keys_turned, values_turned] = [keys, keys.transposed(), values.transposed()]
+            .map(|factor| RightFactor::new(factor, scoring.precision));
+        Self { keys, keys_turned, values_turned }
+    }
+}
+
 /// Some queries of a task.
 struct Tile {
     /// Their rows.
     queries: Range<usize>,
     /// How many keys are there so far for the first of them.
     so_far: usize,
-    /// The keys that any of them sees, counted from the span's first.
+    /// The keys that any of them sees, counted from the span's first, and less than [`KEYS`] before.
     keys: Range<usize>,
 }
 
@@ -158,17 +179,19 @@ impl<'a> Task<'a> {
 
     /// `softmax(scores) v` in place of `q`, and the logarithm of each query's sum of exponentials.
     fn attend(&self, mut q: Own, [k, v]: [&[f32]; 2], mut log_sums: Own, scratch: &mut Scratch) {
-        let (dim, precision) = (self.widths.dim, self.scoring.precision);
+        let dim = self.widths.dim;
         let Scratch { q: tile_q, scores, caps, products, sums, log_sums: tops, .. } = scratch;
+        let (keys, values) = (self.keys(k).transposed(), self.keys(v));
+        let [keys, values] = [keys, values].map(|factor| RightFactor::new(factor, self.scoring.precision));
         for tile in self.tiles() {
             q.fetch(tile.queries.clone(), tile_q);
-            self.score(tile_q, self.keys(k, &tile), scores, caps);
+            self.score(tile_q, &keys, tile.keys.clone(), scores, caps);
             sums.clear();
             let rows = self.rows(&tile, scores);
             widest!(|| sums.extend(rows.map(|(row, sees)| exponentials(row, sees))));
             let products = resized(products, tile_q.len());
             let weights = Matrix::rows(scores, tile.keys.len());
-            multiply(weights, self.keys(v, &tile), MatrixMut::rows(products, dim), false, precision);
+            values.multiply(weights, tile.keys.clone(), 0..dim, MatrixMut::rows(products, dim), false);
             for (row, (_, sum)) in products.chunks_exact_mut(dim).zip(&*sums) {
                 for x in row {
                     *x /= sum;
@@ -185,7 +208,7 @@ impl<'a> Task<'a> {
     fn pull_back(
         &self,
         mut q: Own,
-        [keys, values]: [&[f32]; 2],
+        factors: &Factors,
         log_sums: &[f32],
         dy: &[f32],
         scratch: &mut Scratch,
@@ -194,21 +217,20 @@ impl<'a> Task<'a> {
         let Scratch {
             q: tile_q, dk, dv, dy: tile_dy, log_sums: tops, scores, caps, slopes, products, ..
         } = scratch;
-        let all = self.tiles().last().map_or(0, |tile| tile.keys.end);
+        let all = self.seen();
         // Both `[dim, keys]`: then the larger factors of all products lie in whole rows.
         for gradient in [&mut *dk, &mut *dv] {
             gradient.clear();
             gradient.resize(all * dim, 0.0);
         }
         for tile in self.tiles() {
-            let seen = tile.keys.start * dim..tile.keys.end * dim;
+            let seen = tile.keys.clone();
             q.fetch(tile.queries.clone(), tile_q);
             fetch(dy, &self.queries(dim).at(tile.queries.clone()), tile_dy);
             fetch(log_sums, &self.queries(1).at(tile.queries.clone()), tops);
-            let [keys, values] = [keys, values].map(|all| Matrix::rows(&all[seen.clone()], dim));
 
             let dy = Matrix::rows(tile_dy, dim);
-            self.score(tile_q, keys, scores, caps);
+            self.score(tile_q, &factors.keys_turned, seen.clone(), scores, caps);
             let rows = self.rows(&tile, scores).zip(&*tops);
             widest!(|| rows.for_each(|((row, sees), top)| _ = exponentials_below(row, sees, *top)));
             let width = tile.keys.len();
@@ -216,7 +238,7 @@ impl<'a> Task<'a> {
             let dv = of_tile(&mut dv[tile.keys.start..]);
             multiply(dy.transposed(), Matrix::rows(scores, width), dv, true, precision);
             let slopes = resized(slopes, scores.len());
-            multiply(dy, values.transposed(), MatrixMut::rows(slopes, width), false, precision);
+            factors.values_turned.multiply(dy, 0..dim, seen.clone(), MatrixMut::rows(slopes, width), false);
             let rows = scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width));
             widest!(|| rows.for_each(|(weights, slopes)| pull_back(weights, slopes)));
             for (slope, cap) in slopes.iter_mut().zip(&*caps) {
@@ -226,7 +248,7 @@ impl<'a> Task<'a> {
             let dk = of_tile(&mut dk[tile.keys.start..]);
             multiply(Matrix::rows(tile_q, dim).transposed(), slopes, dk, true, precision);
             let products = resized(products, tile_q.len());
-            multiply(slopes, keys, MatrixMut::rows(products, dim), false, precision);
+            factors.keys.multiply(slopes, seen, 0..dim, MatrixMut::rows(products, dim), false);
             scale(products, by);
             q.store(tile.queries, products);
         }
@@ -251,11 +273,16 @@ impl<'a> Task<'a> {
         Part { tokens: self.span.keys.clone(), heads, of: kv_heads, dim }
     }
 
-    /// The keys that `tile` sees, or their values, where they lie.
-    fn keys<'v>(&self, values: &'v [f32], tile: &Tile) -> Matrix<'v> {
+    /// The keys that the task's queries see, or their values, where they lie.
+    fn keys<'v>(&self, values: &'v [f32]) -> Matrix<'v> {
         let Widths { kv_heads, dim, .. } = self.widths;
-        let start = ((self.span.keys.start + tile.keys.start) * kv_heads + self.kv_head) * dim;
-        Matrix::new(&values[start..], [tile.keys.len(), dim], kv_heads * dim)
+        let start = (self.span.keys.start * kv_heads + self.kv_head) * dim;
+        Matrix::new(&values[start..], [self.seen(), dim], kv_heads * dim)
+    }
+
+    /// How many of the span's keys there are to the last that is seen.
+    fn seen(&self) -> usize {
+        self.tiles().last().map_or(0, |tile| tile.keys.end)
     }
 
     fn tiles(&self) -> impl Iterator<Item = Tile> + use<> {
@@ -267,7 +294,8 @@ impl<'a> Task<'a> {
         queries.clone().step_by(tokens).map(move |start| {
             let end = queries.end.min(start + tokens);
             let so_far = keys_so_far(start) + 1;
-            Tile { queries: start..end, so_far, keys: scoring.first(so_far)..keys_so_far(end) }
+            let first = scoring.first(so_far) / KEYS * KEYS;
+            Tile { queries: start..end, so_far, keys: first..keys_so_far(end) }
         })
     }
 
@@ -285,14 +313,21 @@ impl<'a> Task<'a> {
         })
     }
 
-    /// `scores = q k^T * scale`, capped where they are to be; then `caps` are the slopes of the cap,
-    /// otherwise there are none. Scales `q`.
-    fn score(&self, q: &mut [f32], keys: Matrix, scores: &mut Vec<f32>, caps: &mut Vec<f32>) {
-        let [tokens, dim] = keys.shape();
+    /// `scores = q k^T * scale` with some of the keys, which are `[dim, keys]`, capped where they are to be; then `caps`
+    /// are the slopes of the cap, otherwise there are none. Scales `q`.
+    fn score(
+        &self,
+        q: &mut [f32],
+        keys: &RightFactor,
+        seen: Range<usize>,
+        scores: &mut Vec<f32>,
+        caps: &mut Vec<f32>,
+    ) {
+        let dim = self.widths.dim;
         scale(q, self.scoring.scale);
-        let rows = q.len() / dim;
+        let (rows, tokens) = (q.len() / dim, seen.len());
         let out = MatrixMut::rows(resized(scores, rows * tokens), tokens);
-        multiply(Matrix::rows(q, dim), keys.transposed(), out, false, self.scoring.precision);
+        keys.multiply(Matrix::rows(q, dim), 0..dim, seen, out, false);
         match self.scoring.soft_cap {
             Some(soft_cap) => cap(scores, soft_cap, caps),
             None => caps.clear(),
