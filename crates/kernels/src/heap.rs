@@ -43,3 +43,17 @@ pub fn take_memory(bytes: usize) {
     #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
     let _ = bytes;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// There is nothing to see of it from inside: that it returns, and touches nothing but its own block.
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no madvise")]
+    fn memory_of_every_size_is_taken_and_given_back() {
+        for bytes in [0, 1, 4096, 100_000, (32 << 20) + 5] {
+            take_memory(bytes);
+        }
+    }
+}

@@ -127,6 +127,58 @@ mod flex {
             (FlexTensor::from_data(TensorData::new(numbers, tensor.shape())), result)
         }
     }
+
+    #[cfg(test)]
+    #[allow(clippy::float_cmp)] // whole numbers
+    mod tests {
+        use rayon::prelude::*;
+
+        use super::*;
+
+        fn tensor() -> FlexTensor {
+            FlexTensor::from_data(TensorData::new((0..24_u8).map(f32::from).collect::<Vec<_>>(), [6, 4]))
+        }
+
+        /// Twice the numbers of a tensor, and whether they are where they were.
+        fn double(tensor: FlexTensor) -> (Vec<f32>, bool) {
+            let (doubled, in_place) = Flex::rewrite(tensor, |numbers| {
+                let in_place = matches!(numbers, Rewritten::InPlace(_));
+                numbers.pieces(5).for_each(|piece| piece.iter_mut().for_each(|x| *x *= 2.0));
+                in_place
+            });
+            (Flex::numbers(&doubled).to_vec(), in_place)
+        }
+
+        fn doubled(numbers: impl Iterator<Item = u8>) -> Vec<f32> {
+            numbers.map(|x| f32::from(2 * x)).collect()
+        }
+
+        #[test]
+        fn numbers_are_rewritten_in_place_where_nobody_holds_them() {
+            assert_eq!(double(tensor()), (doubled(0..24), true));
+            let held = tensor();
+            assert_eq!(double(held.clone()), (doubled(0..24), false));
+            assert_eq!(double(held), (doubled(0..24), true));
+        }
+
+        #[test]
+        fn parts_and_turned_tensors_are_rewritten() {
+            let [all, turned] = [tensor(), tensor().transpose(0, 1)];
+            assert_eq!(double(all.narrow(0, 1, 2)).0, doubled(4..12));
+            let columns = (0..4).flat_map(|col| (0..6).map(move |row| row * 4 + col));
+            assert_eq!(double(turned).0, doubled(columns));
+        }
+
+        #[test]
+        fn a_new_tensor_holds_what_was_written() {
+            let device = tensor().device();
+            let (tensor, length) = Flex::write(Shape::from([2, 3]), &device, |numbers| {
+                numbers.fill(7.0);
+                numbers.len()
+            });
+            assert_eq!((Flex::numbers(&tensor), length), ([7.0; 6].as_slice(), 6));
+        }
+    }
 }
 
 #[cfg(feature = "tch")]

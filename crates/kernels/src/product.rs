@@ -308,3 +308,66 @@ impl RoundedRows for Matrix<'_> {
         multiplier.round(&self.row(row)[cols], out);
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::float_cmp)] // small whole numbers, exact in every precision
+mod tests {
+    use super::*;
+
+    fn number(i: usize) -> f32 {
+        ((i * 7 + i / 5) % 9) as f32 - 4.0
+    }
+
+    /// Rows of `stride` numbers, of which the last has no more than a matrix of `cols` needs.
+    fn numbers([rows, cols]: [usize; 2], stride: usize, seed: usize) -> Vec<f32> {
+        (0..(rows - 1) * stride + cols).map(|i| number(i + seed)).collect()
+    }
+
+    /// Factors and results end where their last rows do; what lies between rows stays as it is.
+    #[test]
+    fn products_of_all_layouts_write_what_is_theirs() {
+        let sizes: &[[usize; 3]] = if cfg!(miri) {
+            &[[3, 5, 2], [17, 2, 3]]
+        } else {
+            &[[1, 1, 1], [3, 5, 2], [32, 32, 32], [33, 31, 40], [70, 65, 33]]
+        };
+        let turns = [[false, false], [false, true], [true, false], [true, true]];
+        for (&[m, n, k], [turn_a, turn_b]) in sizes.iter().flat_map(|size| turns.map(|turn| (size, turn))) {
+            let lay =
+                |[rows, cols]: [usize; 2], turned: bool| if turned { [cols, rows] } else { [rows, cols] };
+            let (a_shape, b_shape) = (lay([m, k], turn_a), lay([k, n], turn_b));
+            let (a, b) = (numbers(a_shape, a_shape[1] + 1, 0), numbers(b_shape, b_shape[1] + 2, 3));
+            let a = Matrix::new(&a, a_shape, a_shape[1] + 1);
+            let b = Matrix::new(&b, b_shape, b_shape[1] + 2);
+            let a = if turn_a { a.transposed() } else { a };
+            let b = if turn_b { b.transposed() } else { b };
+            let at = |matrix: Matrix, i: usize, j: usize| {
+                matrix.values[i * matrix.strides[0] + j * matrix.strides[1]]
+            };
+            let stride = n + 3;
+            // Miri has no unit for bf16: both are one.
+            let precisions =
+                if cfg!(miri) { &[Precision::F32][..] } else { &[Precision::F32, Precision::Bf16] };
+            for (add, &precision) in
+                [false, true].into_iter().flat_map(|add| precisions.iter().map(move |p| (add, p)))
+            {
+                let before = numbers([m, n], stride, 1);
+                let mut c = before.clone();
+                multiply(a, b, MatrixMut::new(&mut c, [m, n], stride), add, precision);
+                for (i, (found, before)) in c.into_iter().zip(before).enumerate() {
+                    let (row, col) = (i / stride, i % stride);
+                    let sum: f32 = (0..k).map(|t| at(a, row, t) * at(b, t, col.min(n - 1))).sum();
+                    let expected = match (col < n, add) {
+                        (true, true) => before + sum,
+                        (true, false) => sum,
+                        (false, _) => before,
+                    };
+                    assert_eq!(
+                        found, expected,
+                        "{m} x {n} x {k}, add: {add}, {precision:?}, at {row}, {col}"
+                    );
+                }
+            }
+        }
+    }
+}

@@ -77,3 +77,53 @@ impl Pages {
         };
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::reversed_empty_ranges)]
+mod tests {
+    use super::*;
+
+    /// A mapped file of some length, and what is in it.
+    fn mapped(length: usize) -> (MappedFile, Vec<u8>) {
+        let written: Vec<u8> = (0..length).map(|i| (i * 7 + i / 256) as u8).collect();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &written).unwrap();
+        (MappedFile::open(file.path()).unwrap(), written)
+    }
+
+    /// Parts that begin and end within pages of the system's, the last with the file.
+    #[test]
+    fn parts_are_read_again_after_they_are_released() {
+        let (file, written) = mapped(5 * 4096 + 100);
+        for range in [0..1, 0..4096, 4095..4097, 5000..20_000, 20_479..20_580, 20_580..20_580] {
+            let pages = file.pages(range.clone()).unwrap();
+            pages.read_ahead();
+            let bytes = pages.bytes();
+            assert_eq!(bytes, written[range.clone()]);
+            pages.release();
+            assert_eq!(bytes, written[range]);
+        }
+        assert_eq!(*file, *written);
+    }
+
+    #[test]
+    fn parts_keep_the_file_mapped() {
+        let (file, written) = mapped(10_000);
+        let bytes = file.pages(100..9000).unwrap().bytes();
+        drop(file);
+        assert_eq!(bytes, written[100..9000]);
+    }
+
+    #[test]
+    fn there_are_no_parts_behind_the_end() {
+        let (file, _) = mapped(10_000);
+        for range in [9999..10_001, 10_001..10_001, usize::MAX - 1..usize::MAX, 2..1] {
+            assert!(file.pages(range).is_none());
+        }
+        let (empty, _) = mapped(0);
+        let pages = empty.pages(0..0).unwrap();
+        pages.read_ahead();
+        pages.release();
+        assert!(pages.bytes().is_empty() && empty.pages(0..1).is_none());
+    }
+}

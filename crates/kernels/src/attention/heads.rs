@@ -121,3 +121,86 @@ impl Own<'_> {
         part.runs()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::MaybeUninit;
+
+    use super::*;
+
+    const HEADS: usize = 3;
+    const DIM: usize = 2;
+    const TOKENS: usize = 4;
+
+    fn numbers() -> Vec<f32> {
+        (0..TOKENS * HEADS * DIM).map(|i| i as f32).collect()
+    }
+
+    /// The first `tokens` with one head.
+    fn part(tokens: usize, head: usize) -> Part {
+        Part { tokens: 0..tokens, heads: head..head + 1, of: HEADS, dim: DIM }
+    }
+
+    /// A thread for each head, all at a time, which take the tokens by twos.
+    fn double(numbers: Rewritten) {
+        let all = Shared::new(numbers);
+        std::thread::scope(|threads| {
+            for head in 0..HEADS {
+                // SAFETY: each thread has another head.
+                #[allow(unsafe_code)]
+                let mut own = unsafe { all.part(part(TOKENS, head)) };
+                threads.spawn(move || {
+                    let mut values = Vec::new();
+                    for start in (0..TOKENS).step_by(2) {
+                        own.fetch(start..start + 2, &mut values);
+                        for x in &mut values {
+                            *x *= 2.0;
+                        }
+                        own.store(start..start + 2, &values);
+                    }
+                });
+            }
+        });
+    }
+
+    fn doubled() -> Vec<f32> {
+        numbers().into_iter().map(|x| 2.0 * x).collect()
+    }
+
+    #[test]
+    fn threads_replace_their_heads_in_place() {
+        let mut values = numbers();
+        double(Rewritten::InPlace(&mut values));
+        assert_eq!(values, doubled());
+    }
+
+    #[test]
+    fn threads_replace_their_heads_elsewhere() {
+        let (values, mut out) = (numbers(), vec![MaybeUninit::uninit(); TOKENS * HEADS * DIM]);
+        double(Rewritten::Elsewhere(&values, &mut out));
+        // SAFETY: the threads have stored all tokens of all heads.
+        #[allow(unsafe_code)]
+        let out: Vec<f32> = out.into_iter().map(|x| unsafe { x.assume_init() }).collect();
+        assert_eq!((values, out), (numbers(), doubled()));
+    }
+
+    #[test]
+    #[should_panic(expected = "tokens and heads that exist")]
+    fn tokens_behind_the_last_are_refused() {
+        // SAFETY: it is the only part.
+        #[allow(unsafe_code)]
+        unsafe {
+            Shared::new(Rewritten::InPlace(&mut numbers())).part(part(TOKENS + 1, 0));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "tokens of the task's own")]
+    fn tokens_of_others_are_refused() {
+        let mut values = numbers();
+        // SAFETY: it is the only part.
+        #[allow(unsafe_code)]
+        let own = unsafe { Shared::new(Rewritten::InPlace(&mut values)).part(part(TOKENS - 1, 0)) };
+        own.fetch(0..TOKENS, &mut Vec::new());
+    }
+}

@@ -370,3 +370,71 @@ impl Scratch {
         SCRATCH.with_borrow_mut(task)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::float_cmp)] // the same arithmetic, and copies
+mod tests {
+    use std::mem::MaybeUninit;
+
+    use super::*;
+    use crate::frozen::Precision;
+
+    /// So many heads that share a key head that there are three queries in a tile.
+    const WIDTHS: Widths = Widths { heads: 64, kv_heads: 2, dim: 2 };
+
+    fn numbers(count: usize, seed: usize) -> Vec<f32> {
+        (seed..seed + count).map(|i| ((i * 7 + i / 5) % 9) as f32 / 4.0 - 1.0).collect()
+    }
+
+    /// `replace` with its numbers in place, then with room for its results elsewhere.
+    fn both_ways<R: PartialEq + std::fmt::Debug, const N: usize>(
+        numbers: &[Vec<f32>; N],
+        replace: impl Fn([Rewritten; N]) -> R,
+    ) -> ([Vec<f32>; N], R) {
+        let mut in_place = numbers.clone();
+        let result = replace(in_place.each_mut().map(|numbers| Rewritten::InPlace(numbers)));
+        let mut out = numbers.each_ref().map(|numbers| vec![MaybeUninit::uninit(); numbers.len()]);
+        let mut places = out.iter_mut();
+        let again = replace(numbers.each_ref().map(|numbers| {
+            Rewritten::Elsewhere(numbers, places.next().map_or(&mut [], |out| out.as_mut_slice()))
+        }));
+        // SAFETY: the tasks store all queries and keys of all heads.
+        #[allow(unsafe_code)]
+        let out = out.map(|out| out.into_iter().map(|x| unsafe { x.assume_init() }).collect::<Vec<f32>>());
+        assert_eq!((&in_place, &result), (&out, &again), "in place and elsewhere");
+        (in_place, result)
+    }
+
+    /// What is known of the results without computing them: a query that sees one key alone gets its value and no
+    /// gradient, and weights sum to one.
+    #[test]
+    fn tasks_of_several_spans_tiles_and_heads_replace_their_own() {
+        let spans = [0..4, 4..5, 5..6].map(Span::document);
+        let Widths { heads, kv_heads, dim } = WIDTHS;
+        let (q, k, v) =
+            (numbers(6 * heads * dim, 0), numbers(6 * kv_heads * dim, 1), numbers(6 * kv_heads * dim, 2));
+        let scoring = Scoring { precision: Precision::F32, ..Scoring::of_heads(dim) };
+        let attend = |[q]: [Rewritten; 1]| forward(q, [&k, &v], WIDTHS, &spans, scoring);
+        let queries = [q];
+        let ([y], log_sums) = both_ways(&queries, attend);
+        let [q] = queries;
+        let row = |x: &[f32], token: usize, head: usize, of: usize| -> [f32; 2] {
+            std::array::from_fn(|i| x[(token * of + head) * dim + i])
+        };
+        for (token, head) in [0, 4, 5].into_iter().flat_map(|token| (0..heads).map(move |head| (token, head)))
+        {
+            let value = row(&v, token, head / (heads / kv_heads), kv_heads);
+            assert_eq!(row(&y, token, head, heads), value, "token {token}, head {head}");
+        }
+
+        let dy = numbers(6 * heads * dim, 3);
+        let ([dq, dk, dv], ()) =
+            both_ways(&[q, k, v], |numbers| backward(numbers, &log_sums, &dy, WIDTHS, &spans, scoring));
+        for head in 0..heads {
+            let [dq, dk] = [row(&dq, 4, head, heads), row(&dk, 4, head / (heads / kv_heads), kv_heads)];
+            assert!(dq.iter().chain(&dk).all(|x| x.abs() < 1e-6), "head {head}: {dq:?}, {dk:?}");
+        }
+        let sum = |x: &[f32]| x.iter().copied().map(f64::from).sum::<f64>();
+        assert!((sum(&dv) - sum(&dy)).abs() < 1e-3, "{} {}", sum(&dv), sum(&dy));
+    }
+}

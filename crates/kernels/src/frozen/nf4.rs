@@ -326,3 +326,34 @@ impl Nf4QuantState {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::float_cmp)] // the same products of the same numbers
+mod tests {
+    use super::*;
+
+    /// From and to everywhere in a matrix that ends within a block, and within a byte.
+    #[test]
+    fn every_part_of_a_matrix_is_what_its_codes_say() {
+        const COUNT: usize = 2 * NF4_BLOCK + 3;
+        let codes: Vec<u8> = (0..COUNT.div_ceil(2)).map(|i| (i * 37 + 11) as u8).collect();
+        let scales = [0.5_f32, 2.0, 3.0];
+        let expected: Vec<f32> = (0..COUNT)
+            .map(|i| {
+                let byte = codes[i / 2];
+                let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+                NF4_CODEBOOK[usize::from(code)] * scales[i / NF4_BLOCK]
+            })
+            .collect();
+        let absmax: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        let parts = Nf4Parts { codes: codes.into(), scales: Nf4Scales::Plain { absmax: absmax.into() } };
+        let step = if cfg!(miri) { 21 } else { 1 };
+        for start in (0..COUNT).step_by(step) {
+            for end in (start..=COUNT).rev().step_by(step) {
+                let mut found = vec![f32::NAN; end - start];
+                parts.dequantize(start, &mut found);
+                assert_eq!(found, expected[start..end], "{start} to {end}");
+            }
+        }
+    }
+}

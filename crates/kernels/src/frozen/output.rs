@@ -107,3 +107,71 @@ impl Scratch {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WIDTH: usize = 7;
+
+    /// Three threads with columns of their own, in two batches of rows.
+    #[test]
+    fn threads_fill_an_output_column_by_column() {
+        let mut output = Output::new(5, WIDTH);
+        for (first, rows) in [(0, 3), (3, 2)] {
+            let below = output.below(first);
+            std::thread::scope(|threads| {
+                for columns in [0..1, 1..4, 4..WIDTH] {
+                    threads.spawn(move || {
+                        for row in 0..rows {
+                            let at = (first + row) * WIDTH;
+                            let numbers: Vec<f32> =
+                                columns.clone().map(|column| (at + column) as f32).collect();
+                            // SAFETY: each thread has other columns, and ends before the output does.
+                            #[allow(unsafe_code)]
+                            unsafe {
+                                below.write(row, &columns, &numbers);
+                            }
+                        }
+                    });
+                }
+            });
+        }
+        // SAFETY: five rows of all columns were written.
+        #[allow(unsafe_code)]
+        let found = unsafe { output.written() };
+        assert_eq!(found, (0..5 * WIDTH).map(|i| i as f32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn an_output_without_numbers_is_one() {
+        let mut output = Output::new(0, WIDTH);
+        output.below(0);
+        // SAFETY: there are none to write.
+        #[allow(unsafe_code)]
+        let found = unsafe { output.written() };
+        assert!(found.is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "columns.end <= self.width")]
+    fn columns_behind_the_last_are_refused() {
+        Output::new(2, WIDTH).below(0).at(0, &(0..WIDTH + 1));
+    }
+
+    #[test]
+    #[should_panic(expected = "row < self.rows")]
+    fn rows_behind_the_last_are_refused() {
+        Output::new(2, WIDTH).below(1).at(1, &(0..1));
+    }
+
+    /// Blocks of 32 x 32 alone are multiplied right to where they belong.
+    #[test]
+    fn only_whole_blocks_have_a_place() {
+        let mut output = Output::new(BLOCK, 2 * BLOCK);
+        let all = output.below(0);
+        assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK)).is_some_and(|sums| sums.stride == 2 * BLOCK));
+        assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK - 1)).is_none());
+        assert!(all.block(&(1..BLOCK), &(0..BLOCK)).is_none());
+    }
+}

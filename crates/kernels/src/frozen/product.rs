@@ -237,3 +237,45 @@ pub(super) fn columns_a_task(w: &FrozenMatrix, direction: Direction) -> usize {
     let tasks = width.div_ceil(most).next_multiple_of(TASKS_A_CORE * rayon::current_num_threads());
     width.div_ceil(tasks).next_multiple_of(step)
 }
+
+#[cfg(test)]
+#[allow(clippy::float_cmp)] // small whole numbers, exact in every precision
+mod tests {
+    use super::*;
+    use crate::frozen::Format;
+
+    fn numbers(count: usize, seed: usize) -> Vec<f32> {
+        (seed..seed + count).map(|i| ((i * 7 + i / 5) % 9) as f32 - 4.0).collect()
+    }
+
+    /// A few tokens and more, and matrices of which several tasks take a part each.
+    #[test]
+    fn tasks_write_all_of_both_products() {
+        for ([rows, cols], tokens) in [([1, 1], 1), ([3, 70], 4), ([3, 70], 6), ([260, 3], 2), ([260, 3], 5)]
+        {
+            let w = numbers(rows * cols, 1);
+            let bytes: Vec<u8> = w.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let matrix = FrozenMatrix::dense(Format::F32, [rows, cols], bytes.into()).unwrap();
+            let (x, dy) = (numbers(tokens * cols, 2), numbers(tokens * rows, 3));
+            let y: Vec<f32> =
+                x.chunks(cols).flat_map(|x| w.chunks(cols).map(move |w| plain_dot(x, w))).collect();
+            let columns: Vec<Vec<f32>> =
+                (0..cols).map(|col| w[col..].iter().step_by(cols).copied().collect()).collect();
+            let dx: Vec<f32> =
+                dy.chunks(rows).flat_map(|dy| columns.iter().map(move |w| plain_dot(dy, w))).collect();
+            for precision in precisions() {
+                assert_eq!(matrix.forward(&x, precision), y, "{tokens} tokens, {rows} x {cols}");
+                assert_eq!(matrix.backward(&dy, precision), dx, "{tokens} tokens, {rows} x {cols}, back");
+            }
+        }
+    }
+
+    /// Miri has no unit for bf16: both are one.
+    fn precisions() -> impl Iterator<Item = Precision> {
+        [Precision::F32, Precision::Bf16].into_iter().take(if cfg!(miri) { 1 } else { 2 })
+    }
+
+    fn plain_dot(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).map(|(a, b)| a * b).sum()
+    }
+}
