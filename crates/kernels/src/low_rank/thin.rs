@@ -1,5 +1,5 @@
-//! Products with a few rows, which a library for large products cannot keep busy with: eight rows at a time, so that what
-//! they are multiplied with is read once.
+//! Products with a few rows, too few to keep a library for large products busy: eight rows at a time, so that what they
+//! are multiplied with is read once.
 //!
 //! `low` is `[tokens, rows]`, and the rows, `[rows, width]`, are a multiple of [`ROWS`] many. Sums have an order of their
 //! own, whatever the processor's vectors are, so that results are the same everywhere.
@@ -58,7 +58,8 @@ pub fn add_rows(low: &[f32], rows: &[f32], y: &mut [f32]) {
 pub fn add_outer(low: &[f32], x: &[f32], width: usize, rows: &mut [f32]) {
     let many = rows.len() / width;
     let whole = width - width % LONG;
-    // A few numbers of all tokens stay in the nearest cache while all rows take them up.
+    // A few numbers of all tokens stay in the nearest cache while all rows take them up, one after the other: of a loop
+    // over eight sums the compiler makes scattered stores.
     for first in (0..whole).step_by(LONG) {
         for (r, row) in rows.chunks_exact_mut(width).enumerate() {
             let Some(row) = row[first..].first_chunk_mut::<LONG>() else { break };
