@@ -67,3 +67,9 @@ pub use random::{Dropout, DropoutKey, EmbeddingNoise, stream};
 pub use rotary::{RopeScaling, Rotary, RotaryTables};
 pub use soft_cap::soft_cap;
 pub use threads::compute_on_this_thread;
+
+/// Whole numbers from -4 to 4, whose products and sums are exact in every precision.
+#[cfg(test)]
+fn small_numbers(count: usize, seed: usize) -> Vec<f32> {
+    (seed..seed + count).map(|i| ((i * 7 + i / 5) % 9) as f32 - 4.0).collect()
+}

@@ -99,9 +99,11 @@ pub fn turned(rows: &[f32], width: usize) -> Vec<f32> {
 /// # Panics
 /// Where the shapes do not fit.
 pub fn multiply(a: Matrix, b: Matrix, c: MatrixMut, add: bool, precision: Precision) {
-    match (precision, Bf16Unit::detect()) {
-        (Precision::Bf16, Some(unit)) => multiply_bf16(unit, a, b, c, add),
-        _ => multiply_f32(a, b, c, add),
+    let [rows, cols] = b.shape;
+    let factor = RightFactor::in_memory(b, precision, Packs::with(|packs| std::mem::take(&mut packs.right)));
+    factor.multiply(a, 0..rows, 0..cols, c, add);
+    if let Some((_, memory)) = factor.packed {
+        Packs::with(|packs| packs.right = memory);
     }
 }
 
@@ -159,11 +161,15 @@ pub struct RightFactor<'a> {
 impl<'a> RightFactor<'a> {
     /// Of products in `precision`.
     pub fn new(numbers: Matrix<'a>, precision: Precision) -> Self {
+        Self::in_memory(numbers, precision, Vec::new())
+    }
+
+    /// The same, packed in memory that is there already.
+    fn in_memory(numbers: Matrix<'a>, precision: Precision, mut memory: Vec<u16>) -> Self {
         let unit = Bf16Unit::detect().filter(|_| precision == Precision::Bf16);
         let packed = unit.map(|unit| {
-            let mut tiles = Vec::new();
-            Packs::with(|packs| packs.fill_right(&Multiplier::new(unit), numbers, &mut tiles));
-            (unit, tiles)
+            Packs::with(|packs| packs.fill_right(&Multiplier::new(unit), numbers, &mut memory));
+            (unit, memory)
         });
         Self { numbers, packed }
     }
@@ -177,60 +183,37 @@ impl<'a> RightFactor<'a> {
         let b = self.numbers.part(rows.clone(), cols.clone());
         let Some((unit, tiles)) = &self.packed else { return multiply_f32(a, b, c, add) };
         assert!(rows.start.is_multiple_of(DEPTH) && cols.start.is_multiple_of(BLOCK), "whole tiles before");
-        let depth = rows.len().next_multiple_of(DEPTH);
-        let strip = SIDE * self.numbers.shape[0].next_multiple_of(DEPTH);
-        let first = cols.start / SIDE * strip + rows.start * SIDE;
-        let right = |i: usize| &tiles[first + i * strip..][..SIDE * depth];
-        multiply_packed(&Multiplier::new(*unit), shape(a, b, &c), a, right, c, add);
-    }
-}
-
-/// Both factors are packed whole: they are to fit into a core's cache.
-fn multiply_bf16(unit: Bf16Unit, a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
-    let shape = shape(a, b, &c);
-    let (multiplier, strip) = (Multiplier::new(unit), SIDE * shape[2].next_multiple_of(DEPTH));
-    let mut tiles = Packs::with(|packs| std::mem::take(&mut packs.right));
-    Packs::with(|packs| packs.fill_right(&multiplier, b, &mut tiles));
-    multiply_packed(&multiplier, shape, a, |i| &tiles[i * strip..][..strip], c, add);
-    Packs::with(|packs| packs.right = tiles);
-}
-
-/// The product `[m, n, k]` with a right factor whose strips are packed.
-#[allow(clippy::needless_pass_by_value)] // as above
-fn multiply_packed<'r>(
-    multiplier: &Multiplier,
-    [m, n, k]: [usize; 3],
-    a: Matrix,
-    right: impl Fn(usize) -> &'r [u16],
-    c: MatrixMut,
-    add: bool,
-) {
-    let MatrixMut { values, stride, .. } = c;
-    Packs::with(|packs| {
-        let depth = k.next_multiple_of(DEPTH);
-        packs.fill_left(multiplier, a, depth);
-        let strip = SIDE * depth;
-        for side in 0..n.div_ceil(BLOCK) {
-            for block in 0..m.div_ceil(BLOCK) {
-                let left = [2 * block, 2 * block + 1].map(|i| &packs.left[i * strip..(i + 1) * strip]);
-                let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
-                let (row, col) = (block * BLOCK, side * BLOCK);
-                let (rows, cols) = (BLOCK.min(m - row), BLOCK.min(n - col));
-                let sums = &mut values[row * stride + col..];
-                if rows == BLOCK && cols == BLOCK {
-                    multiplier.multiply_block(strips, !add, sums, stride);
-                } else {
-                    let edge = &mut packs.edge;
-                    multiplier.multiply_block(strips, true, edge, BLOCK);
-                    for (sums, edge) in sums.chunks_mut(stride).zip(edge.chunks_exact(BLOCK)).take(rows) {
-                        for (sum, x) in sums.iter_mut().zip(&edge[..cols]) {
-                            *sum = if add { *sum + x } else { *x };
+        let ([m, n, k], multiplier) = (shape(a, b, &c), Multiplier::new(*unit));
+        let (depth, whole_depth) = (k.next_multiple_of(DEPTH), self.numbers.shape[0].next_multiple_of(DEPTH));
+        let first = cols.start / SIDE * whole_depth + rows.start;
+        let right = |i: usize| &tiles[(first + i * whole_depth) * SIDE..][..depth * SIDE];
+        let MatrixMut { values, stride, .. } = c;
+        // Packed whole: it is to fit into a core's cache.
+        Packs::with(|packs| {
+            packs.fill_left(&multiplier, a, depth);
+            let left = |i: usize| &packs.left[i * depth * SIDE..][..depth * SIDE];
+            for side in 0..n.div_ceil(BLOCK) {
+                for block in 0..m.div_ceil(BLOCK) {
+                    let pair = |i: usize| [2 * i, 2 * i + 1];
+                    let strips = Strips { left: pair(block).map(left), right: pair(side).map(right) };
+                    let (row, col) = (block * BLOCK, side * BLOCK);
+                    let (rows, cols) = (BLOCK.min(m - row), BLOCK.min(n - col));
+                    let sums = &mut values[row * stride + col..];
+                    if rows == BLOCK && cols == BLOCK {
+                        multiplier.multiply_block(strips, !add, sums, stride);
+                    } else {
+                        let edge = &mut packs.edge;
+                        multiplier.multiply_block(strips, true, edge, BLOCK);
+                        for (sums, edge) in sums.chunks_mut(stride).zip(edge.chunks_exact(BLOCK)).take(rows) {
+                            for (sum, x) in sums.iter_mut().zip(&edge[..cols]) {
+                                *sum = if add { *sum + x } else { *x };
+                            }
                         }
                     }
                 }
             }
-        }
-    });
+        });
+    }
 }
 
 /// Memory that both factors of a product are packed in, kept by each thread.
@@ -313,14 +296,11 @@ impl RoundedRows for Matrix<'_> {
 #[allow(clippy::float_cmp)] // small whole numbers, exact in every precision
 mod tests {
     use super::*;
-
-    fn number(i: usize) -> f32 {
-        ((i * 7 + i / 5) % 9) as f32 - 4.0
-    }
+    use crate::small_numbers;
 
     /// Rows of `stride` numbers, of which the last has no more than a matrix of `cols` needs.
     fn numbers([rows, cols]: [usize; 2], stride: usize, seed: usize) -> Vec<f32> {
-        (0..(rows - 1) * stride + cols).map(|i| number(i + seed)).collect()
+        small_numbers((rows - 1) * stride + cols, seed)
     }
 
     /// Factors and results end where their last rows do; what lies between rows stays as it is.

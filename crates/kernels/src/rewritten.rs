@@ -53,33 +53,42 @@ impl<'a> Rewritten<'a> {
 
 #[cfg(test)]
 #[allow(clippy::float_cmp)] // whole numbers
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    /// What `replace` leaves of the numbers from 0 to 6, in their own memory and in other.
-    fn both_ways(replace: impl Fn(Rewritten)) -> [Vec<f32>; 2] {
-        let numbers: Vec<f32> = (0..7_u8).map(f32::from).collect();
+    /// What `replace`, which writes them all, makes of numbers in their own memory; the same as in other.
+    pub(crate) fn both_ways<R: PartialEq + std::fmt::Debug, const N: usize>(
+        numbers: &[Vec<f32>; N],
+        replace: impl Fn([Rewritten; N]) -> R,
+    ) -> ([Vec<f32>; N], R) {
         let mut in_place = numbers.clone();
-        replace(Rewritten::InPlace(&mut in_place));
-        let mut out = [MaybeUninit::uninit(); 7];
-        replace(Rewritten::Elsewhere(&numbers, &mut out));
-        // SAFETY: `replace` takes them all, which writes them.
+        let result = replace(in_place.each_mut().map(|numbers| Rewritten::InPlace(numbers)));
+        let mut out = numbers.each_ref().map(|numbers| vec![MaybeUninit::uninit(); numbers.len()]);
+        let mut places = out.iter_mut();
+        let again = replace(numbers.each_ref().map(|numbers| {
+            Rewritten::Elsewhere(numbers, places.next().map_or(&mut [], |out| out.as_mut_slice()))
+        }));
+        // SAFETY: by what is asked of `replace`.
         #[allow(unsafe_code)]
-        let elsewhere = out.map(|x| unsafe { x.assume_init() });
-        [in_place, elsewhere.to_vec()]
+        let out = out.map(|out| out.into_iter().map(|x| unsafe { x.assume_init() }).collect::<Vec<f32>>());
+        assert_eq!((&in_place, &result), (&out, &again), "in place and elsewhere");
+        (in_place, result)
+    }
+
+    fn numbers(from: u8, factor: u8) -> Vec<f32> {
+        (from..from + 7).map(|x| f32::from(factor * x)).collect()
     }
 
     #[test]
     fn pieces_hold_their_numbers_and_keep_what_is_written() {
-        let doubled = (0..7_u8).map(|x| f32::from(2 * x)).collect::<Vec<_>>();
-        let found =
-            both_ways(|numbers| numbers.pieces(3).for_each(|piece| piece.iter_mut().for_each(|x| *x *= 2.0)));
-        assert_eq!(found, [doubled.clone(), doubled]);
+        let double = |piece: &mut [f32]| piece.iter_mut().for_each(|x| *x *= 2.0);
+        let ([found], ()) = both_ways(&[numbers(0, 1)], |[numbers]| numbers.pieces(3).for_each(double));
+        assert_eq!(found, numbers(0, 2));
     }
 
     #[test]
     fn numbers_are_read_at_one_place_and_written_at_the_other() {
-        let found = both_ways(|numbers| {
+        let ([found], ()) = both_ways(&[numbers(0, 1)], |[numbers]| {
             let (from, out, length) = numbers.places();
             for i in 0..length {
                 // SAFETY: there are so many at both.
@@ -89,7 +98,6 @@ mod tests {
                 }
             }
         });
-        let next = (1..8_u8).map(f32::from).collect::<Vec<_>>();
-        assert_eq!(found, [next.clone(), next]);
+        assert_eq!(found, numbers(1, 1));
     }
 }

@@ -98,14 +98,16 @@ struct Outlook {
 
 impl Outlook {
     fn new(recipe: &Recipe, sized: &Settled, memory: MemoryPlan, budget: Option<(u64, String)>) -> Self {
+        let memory = match &budget {
+            Some((budget, _)) => memory.within(*budget),
+            None => memory,
+        };
         let (data, shapes) = (&sized.data, memory.shapes());
         let plan = Plan::new(&recipe.train, recipe.data.order, data.mixture.clone());
-        let limit = budget.as_ref().map(|(budget, _)| *budget);
         let largest = Workload::from(&plan.largest_micro_batch(&data.train, sized.micro_batches));
-        let held = limit.map_or_else(|| memory.clone(), |limit| memory.clone().within(limit));
-        let kept = held.kept(largest);
+        let kept = memory.kept(largest);
         let of_size = |size| recipe.micro_batches(size, data.max_seq_len);
-        let most_records = held.largest_micro_batch(&plan, &data.train, recipe.train.batch_size, of_size);
+        let most_records = memory.largest_micro_batch(&plan, &data.train, recipe.train.batch_size, of_size);
         let rows = plan.epoch_rows(0);
         let rows = rows.into_iter().filter_map(|row| data.train.get(row));
         let (tokens, supervised) =
@@ -243,9 +245,7 @@ impl Outlook {
                 let _ = writeln!(text, "{name:<38}{:>12}", size(peak));
             }
         }
-        let limit = self.budget.as_ref().map(|(budget, _)| self.memory.clone().within(*budget));
-        let longest = limit.and_then(|m| m.longest_row(opened.base.config.max_position_embeddings));
-        if let Some(longest) = longest {
+        if let Some(longest) = self.memory.longest_row(opened.base.config.max_position_embeddings) {
             let _ = writeln!(text, "{:<38}{longest:>12}", "longest row that would fit, in tokens");
         }
         text

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::Span;
 use super::heads::{Own, Part, Shared, fetch};
 use super::scoring::{Scoring, cap};
+use crate::bf16::BLOCK;
 use crate::frozen::wide::widest;
 use crate::product::{Matrix, MatrixMut, RightFactor, multiply, turned};
 use crate::rewritten::Rewritten;
@@ -23,7 +24,7 @@ use crate::softmax::{exponentials, exponentials_below, pull_back};
 /// product busy, few enough that its scores stay in a core's cache.
 const ROWS: usize = 96;
 /// A tile's keys begin at a multiple of so many, where the tiles of products do.
-const KEYS: usize = 32;
+const KEYS: usize = BLOCK;
 /// Queries of a task. A long record has more of them than one, for all cores to have work where heads are few.
 const QUERIES: usize = 512;
 
@@ -374,35 +375,16 @@ impl Scratch {
 #[cfg(test)]
 #[allow(clippy::float_cmp)] // the same arithmetic, and copies
 mod tests {
-    use std::mem::MaybeUninit;
-
     use super::*;
     use crate::frozen::Precision;
+    use crate::rewritten::tests::both_ways;
+    use crate::small_numbers;
 
     /// So many heads that share a key head that there are three queries in a tile.
     const WIDTHS: Widths = Widths { heads: 64, kv_heads: 2, dim: 2 };
 
     fn numbers(count: usize, seed: usize) -> Vec<f32> {
-        (seed..seed + count).map(|i| ((i * 7 + i / 5) % 9) as f32 / 4.0 - 1.0).collect()
-    }
-
-    /// `replace` with its numbers in place, then with room for its results elsewhere.
-    fn both_ways<R: PartialEq + std::fmt::Debug, const N: usize>(
-        numbers: &[Vec<f32>; N],
-        replace: impl Fn([Rewritten; N]) -> R,
-    ) -> ([Vec<f32>; N], R) {
-        let mut in_place = numbers.clone();
-        let result = replace(in_place.each_mut().map(|numbers| Rewritten::InPlace(numbers)));
-        let mut out = numbers.each_ref().map(|numbers| vec![MaybeUninit::uninit(); numbers.len()]);
-        let mut places = out.iter_mut();
-        let again = replace(numbers.each_ref().map(|numbers| {
-            Rewritten::Elsewhere(numbers, places.next().map_or(&mut [], |out| out.as_mut_slice()))
-        }));
-        // SAFETY: the tasks store all queries and keys of all heads.
-        #[allow(unsafe_code)]
-        let out = out.map(|out| out.into_iter().map(|x| unsafe { x.assume_init() }).collect::<Vec<f32>>());
-        assert_eq!((&in_place, &result), (&out, &again), "in place and elsewhere");
-        (in_place, result)
+        small_numbers(count, seed).iter().map(|x| x / 4.0).collect()
     }
 
     /// What is known of the results without computing them: a query that sees one key alone gets its value and no

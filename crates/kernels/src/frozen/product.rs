@@ -243,10 +243,7 @@ pub(super) fn columns_a_task(w: &FrozenMatrix, direction: Direction) -> usize {
 mod tests {
     use super::*;
     use crate::frozen::Format;
-
-    fn numbers(count: usize, seed: usize) -> Vec<f32> {
-        (seed..seed + count).map(|i| ((i * 7 + i / 5) % 9) as f32 - 4.0).collect()
-    }
+    use crate::small_numbers as numbers;
 
     /// A few tokens and more, and matrices of which several tasks take a part each.
     #[test]
