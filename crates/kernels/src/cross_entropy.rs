@@ -124,8 +124,8 @@ impl<B: Host> LossesAndSlopes for B {
         targets: Arc<[u32]>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let device = logits.device();
-        let write =
-            |losses: &mut [f32]| B::rewrite(logits, |l| rows::losses_and_slopes(l, &targets, losses)).0;
-        B::write(Shape::from([targets.len()]), &device, write)
+        B::write(Shape::from([targets.len()]), &device, |losses| {
+            B::rewrite(logits, |logits| rows::losses_and_slopes(logits, &targets, losses)).0
+        })
     }
 }

@@ -4,6 +4,7 @@
 // Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
 #![allow(clippy::inline_always)]
 
+mod adapted;
 #[cfg(feature = "cube")]
 mod cube;
 mod dense;
@@ -20,6 +21,7 @@ mod product_bf16;
 mod weight;
 pub(crate) mod wide;
 
+pub(crate) use adapted::adapted_product;
 pub use format::{Format, FrozenError};
 pub use int8::quantize_int8;
 pub use matrix::FrozenMatrix;

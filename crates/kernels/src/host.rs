@@ -1,5 +1,7 @@
 //! Tensors whose numbers lie in this machine's memory, lent to operations that compute there.
 
+use std::mem::MaybeUninit;
+
 use burn::backend::Backend;
 use burn::backend::tensor::{Device, FloatTensor};
 use burn::tensor::{DType, Shape, Tensor};
@@ -56,11 +58,11 @@ pub trait Host: Loops<Numbers = Vec<f32>> {
     /// Where the tensor is not lent or not [`Loops::contiguous`].
     fn numbers(tensor: &FloatTensor<Self>) -> &[f32];
 
-    /// A new tensor, all of whose numbers `f` writes.
+    /// A new tensor, all of whose numbers `f` writes, in memory that nobody has filled with zeros first.
     fn write<R>(
         shape: Shape,
         device: &Device<Self>,
-        f: impl FnOnce(&mut [f32]) -> R,
+        f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R,
     ) -> (FloatTensor<Self>, R);
 
     /// A tensor of the same shape, its numbers replaced by `f`: in the same memory if nobody else
@@ -68,14 +70,28 @@ pub trait Host: Loops<Numbers = Vec<f32>> {
     fn rewrite<R>(tensor: FloatTensor<Self>, f: impl FnOnce(Rewritten) -> R) -> (FloatTensor<Self>, R);
 }
 
+/// As many numbers as `f` writes, which is all of them.
+pub fn filled<R>(length: usize, f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R) -> (Vec<f32>, R) {
+    let mut numbers = Vec::with_capacity(length);
+    let result = f(&mut numbers.spare_capacity_mut()[..length]);
+    // SAFETY: there is room for so many, and `f` has written them.
+    #[allow(unsafe_code)]
+    unsafe {
+        numbers.set_len(length);
+    }
+    (numbers, result)
+}
+
 #[cfg(feature = "flex")]
 mod flex {
+    use std::mem::MaybeUninit;
+
     use burn::backend::flex::FlexTensor;
     use burn::backend::tensor::{Device, FloatTensor};
     use burn::backend::{Flex, TensorMetadata};
     use burn::tensor::{DType, Shape, TensorData};
 
-    use super::{Host, Loops, Rewritten};
+    use super::{Host, Loops, Rewritten, filled};
 
     impl Loops for Flex {
         type Numbers = Vec<f32>;
@@ -98,10 +114,9 @@ mod flex {
         fn write<R>(
             shape: Shape,
             _: &Device<Self>,
-            f: impl FnOnce(&mut [f32]) -> R,
+            f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R,
         ) -> (FloatTensor<Self>, R) {
-            let mut numbers = vec![0.0; shape.num_elements()];
-            let result = f(&mut numbers);
+            let (numbers, result) = filled(shape.num_elements(), f);
             (FlexTensor::from_data(TensorData::new(numbers, shape)), result)
         }
 
@@ -117,13 +132,7 @@ mod flex {
             }
             let tensor = Self::contiguous(tensor);
             let from = Self::numbers(&tensor);
-            let mut numbers = Vec::with_capacity(from.len());
-            let result = f(Rewritten::Elsewhere(from, &mut numbers.spare_capacity_mut()[..from.len()]));
-            // SAFETY: there is room for so many, and `f` has taken them all, which writes them.
-            #[allow(unsafe_code)]
-            unsafe {
-                numbers.set_len(from.len());
-            }
+            let (numbers, result) = filled(from.len(), |numbers| f(Rewritten::Elsewhere(from, numbers)));
             (FlexTensor::from_data(TensorData::new(numbers, tensor.shape())), result)
         }
     }
@@ -173,7 +182,7 @@ mod flex {
         fn a_new_tensor_holds_what_was_written() {
             let device = tensor().device();
             let (tensor, length) = Flex::write(Shape::from([2, 3]), &device, |numbers| {
-                numbers.fill(7.0);
+                numbers.fill(MaybeUninit::new(7.0));
                 numbers.len()
             });
             assert_eq!((Flex::numbers(&tensor), length), ([7.0; 6].as_slice(), 6));
@@ -221,10 +230,10 @@ mod libtorch {
         fn write<R>(
             shape: Shape,
             device: &Device<Self>,
-            f: impl FnOnce(&mut [f32]) -> R,
+            f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R,
         ) -> (FloatTensor<Self>, R) {
             let mut tensor = TchTensor::empty(shape, *device, DType::F32);
-            let result = f(numbers_mut(&mut tensor));
+            let result = f(unwritten(&mut tensor));
             (tensor, result)
         }
 

@@ -22,6 +22,7 @@ mod cross_entropy;
 mod device;
 mod direction;
 mod dot;
+mod dropout;
 mod exp;
 mod frozen;
 mod glu;
@@ -51,6 +52,7 @@ pub use blockwise::Blockwise;
 pub use cross_entropy::{CrossEntropy, LossGradients, cross_entropy, logit_rows};
 pub use device::{DEVICE_NAMES, DeviceError, available_devices, computes_on_host, open_device, open_devices};
 pub use dot::dot;
+pub use dropout::{Dropout, DropoutKey, Mask};
 pub use frozen::{
     DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, FrozenWeight, NF4_CODEBOOK, Nf4Parts,
     Nf4QuantState, Nf4Scales, Precision, dense_bytes_on_card, quantize_int8, quantize_nf4,
@@ -59,11 +61,11 @@ pub use glu::{Activation, glu};
 pub use heap::{Heap, keep_freed_memory, take_memory};
 pub use linear::FrozenLinear;
 pub use lion::Lion;
-pub use low_rank::add_low_rank;
+pub use low_rank::{Scaling, add_low_rank};
 pub use muon::Muon;
 pub use norm::rms_norm;
 pub use pullback::{Tracked, pull_back};
-pub use random::{Dropout, DropoutKey, EmbeddingNoise, stream};
+pub use random::{EmbeddingNoise, stream};
 pub use rotary::{RopeScaling, Rotary, RotaryTables};
 pub use soft_cap::soft_cap;
 pub use threads::compute_on_this_thread;

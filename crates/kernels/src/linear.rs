@@ -3,7 +3,8 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::direction::Direction;
-use crate::frozen::{FrozenMatrix, FrozenWeight, Precision, frozen_product, unread_product};
+use crate::frozen::{FrozenMatrix, FrozenWeight, Precision, adapted_product, frozen_product, unread_product};
+use crate::low_rank::{Scaling, add_low_rank};
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]
@@ -80,6 +81,19 @@ impl FrozenLinear {
             // The transpose is a view: products read it through its strides.
             Weight::Dense(weight) => x.matmul(weight.clone().transpose()),
             Weight::Frozen(weight, precision) => frozen_product(x, weight, Direction::Forward, *precision),
+        }
+    }
+
+    /// `x W^T + scale * (dropout(x) A^T) B^T`, without the bias: the product and a low-rank adapter's update
+    /// ([`add_low_rank`]) in one operation.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`, result: `[tokens, out]`
+    /// - a: `[rank, in]`, b: `[out, rank]`
+    pub fn adapted_product(&self, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scaling: Scaling) -> Tensor<2> {
+        match &self.weight {
+            Weight::Dense(_) => add_low_rank(self.product(x.clone()), x, a, b, scaling),
+            Weight::Frozen(weight, precision) => adapted_product(x, weight, *precision, [a, b], scaling),
         }
     }
 

@@ -16,10 +16,27 @@ use burn::tensor::{Tensor, TensorData};
 use tracing::trace_span;
 
 use self::pair::Pair;
+use crate::dropout::Mask;
 use crate::host::{Host, Loops, has_loops};
 use crate::plain;
+use crate::rewritten::Rewritten;
 
-/// `y + scale * (x A^T) B^T`, the update of a low-rank adapter beside its frozen layer
+/// What an adapter's product is multiplied by, and what of its input is dropped.
+#[derive(Debug, Clone, Copy)]
+pub struct Scaling {
+    /// The factor.
+    pub scale: f64,
+    /// Dropout in front of the adapter.
+    pub mask: Option<Mask>,
+}
+
+impl From<f64> for Scaling {
+    fn from(scale: f64) -> Self {
+        Self { scale, mask: None }
+    }
+}
+
+/// `y + scale * (dropout(x) A^T) B^T`, the update of a low-rank adapter beside its frozen layer
 /// (Hu et al. 2021, <https://arxiv.org/abs/2106.09685>), in one pass over `x` and `y`.
 ///
 /// # Shapes
@@ -28,12 +45,19 @@ use crate::plain;
 ///
 /// # Panics
 /// Where the shapes do not fit.
-pub fn add_low_rank(y: Tensor<2>, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scale: f64) -> Tensor<2> {
+pub fn add_low_rank(
+    y: Tensor<2>,
+    x: Tensor<2>,
+    a: &Tensor<2>,
+    b: &Tensor<2>,
+    scaling: impl Into<Scaling>,
+) -> Tensor<2> {
+    let scaling = scaling.into();
     if ![&y, &x, a, b].into_iter().all(has_loops) {
-        return plain::add_low_rank(y, x, a, b, scale);
+        return plain::add_low_rank(y, x, a, b, scaling);
     }
     let [y, x, a, b] = [y, x, a.clone(), b.clone()].map(Tensor::into_dispatch);
-    Tensor::from_dispatch(Dispatch::add_low_rank(y, x, a, b, scale as f32))
+    Tensor::from_dispatch(Dispatch::add_low_rank(y, x, a, b, scaling))
 }
 
 /// The operation, for backends with loops of our own.
@@ -50,27 +74,28 @@ pub trait LowRank: Backend {
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
-        scale: f32,
+        scaling: Scaling,
     ) -> FloatTensor<Self>;
 }
 
 /// The loops, over tensors whose numbers are in order.
-trait LowRankLoops: Loops {
-    /// Returns `scale * x A^T`, `[tokens, rank]` or with zeros behind each token's, too.
+pub(crate) trait LowRankLoops: Loops {
+    /// Returns `scale * dropout(x) A^T`, `[tokens, rank]` or with zeros behind each token's, too.
     fn forward(
         y: FloatTensor<Self>,
         x: &FloatTensor<Self>,
         factors: [&FloatTensor<Self>; 2],
-        scale: f32,
+        scaling: Scaling,
     ) -> (FloatTensor<Self>, Self::Numbers);
 
-    /// The gradients at `x`, `A` and `B` that are wanted.
+    /// The gradients at `x`, `A` and `B` that are wanted; that at `x` is added to what there is of it.
     fn backward(
         dy: &FloatTensor<Self>,
         x: &FloatTensor<Self>,
+        dx: Option<FloatTensor<Self>>,
         factors: [&FloatTensor<Self>; 2],
         low: &Self::Numbers,
-        scale: f32,
+        scaling: Scaling,
         wanted: [bool; 3],
     ) -> [Option<FloatTensor<Self>>; 3];
 }
@@ -80,26 +105,28 @@ impl<B: Host> LowRankLoops for B {
         y: FloatTensor<Self>,
         x: &FloatTensor<Self>,
         factors: [&FloatTensor<Self>; 2],
-        scale: f32,
+        scaling: Scaling,
     ) -> (FloatTensor<Self>, Vec<f32>) {
         let _adapter = trace_span!("adapter").entered();
-        B::rewrite(y, |y| pair::<B>(factors, scale).add(y, B::numbers(x)))
+        B::rewrite(y, |y| pair::<B>(factors, scaling).add(y, B::numbers(x)))
     }
 
     fn backward(
         dy: &FloatTensor<Self>,
         x: &FloatTensor<Self>,
+        dx: Option<FloatTensor<Self>>,
         [a, b]: [&FloatTensor<Self>; 2],
         low: &Vec<f32>,
-        scale: f32,
+        scaling: Scaling,
         [to_x, to_a, to_b]: [bool; 3],
     ) -> [Option<FloatTensor<Self>>; 3] {
         let _adapter = trace_span!("adapter").entered();
-        let pull_back = |dx: Option<&mut [f32]>| {
-            pair::<B>([a, b], scale).pull_back(B::numbers(dy), B::numbers(x), low, dx)
+        let pull_back = |dx: Option<Rewritten>| {
+            pair::<B>([a, b], scaling).pull_back(B::numbers(dy), B::numbers(x), low, dx)
         };
         let (dx, [da, db]) = if to_x {
-            let (dx, factors) = B::write(x.shape(), &x.device(), |dx| pull_back(Some(dx)));
+            let dx = dx.unwrap_or_else(|| B::float_zeros(x.shape(), &x.device(), x.dtype().into()));
+            let (dx, factors) = B::rewrite(dx, |dx| pull_back(Some(dx)));
             (Some(dx), factors)
         } else {
             (None, pull_back(None))
@@ -111,8 +138,8 @@ impl<B: Host> LowRankLoops for B {
     }
 }
 
-fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scale: f32) -> Pair {
-    Pair::new(B::numbers(a), B::numbers(b), a.shape()[0], scale)
+fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scaling: Scaling) -> Pair {
+    Pair::new(B::numbers(a), B::numbers(b), a.shape()[0], scaling)
 }
 
 impl<B: LowRankLoops> LowRank for B {
@@ -121,11 +148,11 @@ impl<B: LowRankLoops> LowRank for B {
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
-        scale: f32,
+        scaling: Scaling,
     ) -> FloatTensor<Self> {
         assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
         let [x, a, b] = [x, a, b].map(B::contiguous);
-        B::forward(y, &x, [&a, &b], scale).0
+        B::forward(y, &x, [&a, &b], scaling).0
     }
 }
 
@@ -135,16 +162,16 @@ impl<B: LowRankLoops, C: CheckpointStrategy> LowRank for Autodiff<B, C> {
         x: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
-        scale: f32,
+        scaling: Scaling,
     ) -> FloatTensor<Self> {
         let nodes = [y.node(), x.node(), a.node(), b.node()];
         let operation = Recorded.prepare::<C>(nodes).compute_bound().stateful();
         let y = y.into_primitive();
         let [x, a, b] = [x, a, b].map(|factor| B::contiguous(factor.into_primitive()));
         assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
-        let (y, low) = B::forward(y, &x, [&a, &b], scale);
+        let (y, low) = B::forward(y, &x, [&a, &b], scaling);
         match operation {
-            OpsKind::Tracked(prep) => prep.finish(Saved { x, a, b, low, scale }, y),
+            OpsKind::Tracked(prep) => prep.finish(Saved { x, a, b, low, scaling }, y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
@@ -156,9 +183,9 @@ struct Saved<T, L> {
     x: T,
     a: T,
     b: T,
-    /// `scale * x A^T`, `[tokens, rank]`, or more behind each.
+    /// `scale * dropout(x) A^T`, `[tokens, rank]`, or more behind each.
     low: L,
-    scale: f32,
+    scaling: Scaling,
 }
 
 /// The update in an autodiff graph.
@@ -169,10 +196,10 @@ impl<B: LowRankLoops> Backward<B, 4> for Recorded {
     type State = Saved<FloatTensor<B>, B::Numbers>;
 
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let Saved { x, a, b, low, scale } = ops.state;
+        let Saved { x, a, b, low, scaling } = ops.state;
         let dy = B::contiguous(grads.consume::<B>(&ops.node));
         let wanted = [1, 2, 3].map(|i| ops.parents[i].is_some());
-        let [dx, da, db] = <B as LowRankLoops>::backward(&dy, &x, [&a, &b], &low, scale, wanted);
+        let [dx, da, db] = <B as LowRankLoops>::backward(&dy, &x, None, [&a, &b], &low, scaling, wanted);
         for (parent, gradient) in ops.parents.into_iter().zip([Some(dy), dx, da, db]) {
             if let (Some(parent), Some(gradient)) = (parent, gradient) {
                 grads.register::<B>(parent.id, gradient);

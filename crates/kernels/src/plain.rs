@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, Device, IndexingUpdateOp, Int, Tensor, TensorData, activation::silu};
 
-use crate::{Activation, RotaryTables, Scoring, Span};
+use crate::{Activation, Mask, RotaryTables, Scaling, Scoring, Span};
 
 /// See [`crate::rms_norm`].
 pub fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
@@ -13,8 +13,27 @@ pub fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
     x / (mean_square + eps).sqrt() * weight.clone().unsqueeze()
 }
 
+/// See [`crate::Dropout`].
+pub fn dropout(x: Tensor<2>, mask: Mask) -> Tensor<2> {
+    let [tokens, features] = x.dims();
+    let mut kept = vec![1.0_f32; tokens * features];
+    mask.apply(0, &mut kept, features);
+    let device = x.device();
+    x * Tensor::from_data(TensorData::new(kept, [tokens, features]), &device)
+}
+
 /// See [`crate::add_low_rank`].
-pub fn add_low_rank(y: Tensor<2>, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scale: f64) -> Tensor<2> {
+pub fn add_low_rank(
+    y: Tensor<2>,
+    x: Tensor<2>,
+    a: &Tensor<2>,
+    b: &Tensor<2>,
+    Scaling { scale, mask }: Scaling,
+) -> Tensor<2> {
+    let x = match mask {
+        Some(mask) => dropout(x, mask),
+        None => x,
+    };
     let low = x.matmul(a.clone().transpose()); // [tokens, rank]
     y + low.matmul(b.clone().transpose()) * scale
 }

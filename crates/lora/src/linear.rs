@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Dropout, FrozenLinear, add_low_rank};
+use pronk_kernels::{Dropout, FrozenLinear, Scaling, add_low_rank};
 
 use crate::dora::weight_norms;
 use crate::{Adapter, LoraPair, WeightNorms};
@@ -90,21 +90,25 @@ impl LoraLinear {
             return self.add_bias(self.base.product(x), mode);
         };
         let Some(magnitude) = &pair.magnitude else {
-            let y = self.add_bias(self.base.product(x.clone()), mode);
-            return low_rank_update(y, x, &self.name, mode);
+            return self.add_bias(self.updated(x, pair, mode), mode);
         };
         let norms = || weight_norms(&self.base, self.squares(&x.device()), pair);
         let norms = mode.norms.map_or_else(norms, |known| known.of(&self.name, norms));
         let stretch = magnitude.clone() / norms;
         let Some(dropout) = mode.dropout.filter(|dropout| dropout.p > 0.0) else {
-            let y = low_rank_update(self.base.product(x.clone()), x, &self.name, mode);
-            return self.add_bias(y * stretch, mode);
+            return self.add_bias(self.updated(x, pair, mode) * stretch, mode);
         };
         let kept = dropout.apply(x.clone(), &self.name);
         let of_kept = self.base.product(kept.clone());
         let unchanged = self.base.product(x) - of_kept.clone();
         let changed = add_low_rank(of_kept, kept, &pair.a, &pair.b, pair.scale);
         self.add_bias(unchanged + changed * stretch, mode)
+    }
+
+    /// The product with what `pair` adds to it.
+    fn updated(&self, x: Tensor<2>, pair: &LoraPair, mode: ForwardMode) -> Tensor<2> {
+        let y = self.base.adapted_product(x.clone(), &pair.a, &pair.b, scaling(pair, &self.name, mode));
+        without_start(y, x, pair)
     }
 
     /// [`Self::forward`] for a graph whose result nobody reads: see [`FrozenLinear::forward_unread`].
@@ -153,13 +157,18 @@ impl LoraLinear {
 /// - y and result: `[tokens, out]`
 pub fn low_rank_update(y: Tensor<2>, x: Tensor<2>, name: &str, mode: ForwardMode) -> Tensor<2> {
     let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(name)) else { return y };
-    let y = match &pair.start {
-        Some(start) => add_low_rank(y, x.clone(), &start.a, &start.b, -pair.scale),
+    let y = add_low_rank(y, x.clone(), &pair.a, &pair.b, scaling(pair, name, mode));
+    without_start(y, x, pair)
+}
+
+fn scaling(pair: &LoraPair, name: &str, mode: ForwardMode) -> Scaling {
+    Scaling { scale: pair.scale, mask: mode.dropout.and_then(|dropout| dropout.mask(name)) }
+}
+
+/// `y` without what the pair started with, where that was taken from the base.
+fn without_start(y: Tensor<2>, x: Tensor<2>, pair: &LoraPair) -> Tensor<2> {
+    match &pair.start {
+        Some(start) => add_low_rank(y, x, &start.a, &start.b, -pair.scale),
         None => y,
-    };
-    let x = match mode.dropout {
-        Some(dropout) => dropout.apply(x, name),
-        None => x,
-    };
-    add_low_rank(y, x, &pair.a, &pair.b, pair.scale)
+    }
 }

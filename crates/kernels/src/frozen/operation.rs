@@ -1,8 +1,6 @@
 //! Products with a frozen matrix as an operation of burn, with its own backward pass: all that
 //! autodiff keeps of it is a reference to the matrix.
 
-use std::borrow::Cow;
-
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -10,8 +8,9 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::{Shape, Tensor, TensorData};
+use tracing::trace_span;
 
-use super::{FrozenMatrix, FrozenWeight, Precision};
+use super::{FrozenWeight, Precision};
 use crate::direction::Direction;
 use crate::host::Host;
 
@@ -65,12 +64,18 @@ impl<B: Host> FrozenProduct for B {
         direction: Direction,
         precision: Precision,
     ) -> FloatTensor<Self> {
+        let _product = trace_span!("product").entered();
         let w = w.on_host();
+        let device = x.device();
+        let [summed, width] = w.widths(direction);
+        let shape = Shape::new([x.shape()[0], width]);
+        assert_eq!(x.shape()[1], summed, "rows as wide as the matrix");
         if !B::lends(&x) {
-            return fetch_and_multiply::<B>(x, w, direction, precision);
+            let x = fetched::<B>(x);
+            return B::float_from_data(TensorData::new(w.product(&x, direction, precision), shape), &device);
         }
         let x = B::contiguous(x);
-        B::float_from_data(product(B::numbers(&x), w, direction, precision), &x.device())
+        B::write(shape, &device, |out| w.multiply(B::numbers(&x), direction, precision, out)).0
     }
 
     fn unread_product(x: FloatTensor<Self>, w: FrozenWeight, _: Precision) -> FloatTensor<Self> {
@@ -99,33 +104,13 @@ fn zeros<B: Backend>(x: &FloatTensor<B>, w: &FrozenWeight) -> FloatTensor<B> {
     B::float_zeros(Shape::new([tokens, rows]), &x.device(), x.dtype().into())
 }
 
-/// The product for tensors that the host's processor cannot read.
-fn fetch_and_multiply<B: Backend>(
-    x: FloatTensor<B>,
-    w: &FrozenMatrix,
-    direction: Direction,
-    precision: Precision,
-) -> FloatTensor<B> {
-    let device = x.device();
-    let data = burn::tensor::try_read_sync(B::float_into_data(x));
-    let numbers = match &data {
-        Some(Ok(data)) => data.as_slice::<f32>().map(Cow::Borrowed),
+/// The numbers of a tensor that the host's processor cannot read where they are.
+fn fetched<B: Backend>(x: FloatTensor<B>) -> Vec<f32> {
+    match burn::tensor::try_read_sync(B::float_into_data(x)) {
+        Some(Ok(data)) => data.convert::<f32>().into_vec().unwrap_or_default(),
         // Only browsers cannot wait for a device, and none of these backends is for them.
-        _ => Ok(Cow::Owned(Vec::new())),
-    };
-    B::float_from_data(product(&numbers.unwrap_or_default(), w, direction, precision), &device)
-}
-
-/// The product of numbers in the host's memory.
-fn product(x: &[f32], w: &FrozenMatrix, direction: Direction, precision: Precision) -> TensorData {
-    let _product = tracing::trace_span!("product").entered();
-    let [rows, cols] = w.shape();
-    let (result, width) = match direction {
-        Direction::Forward => (w.forward(x, precision), rows),
-        Direction::Backward => (w.backward(x, precision), cols),
-    };
-    let tokens = result.len() / width;
-    TensorData::new(result, [tokens, width])
+        _ => Vec::new(),
+    }
 }
 
 impl<B: FrozenProduct, C: CheckpointStrategy> FrozenProduct for Autodiff<B, C> {

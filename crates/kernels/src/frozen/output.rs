@@ -1,59 +1,34 @@
 //! Where a product's numbers go, and what its tasks compute in.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::bf16::{BLOCK, Sums};
 
-/// What a product is written to: memory that nothing has filled with zeros first.
-pub(super) struct Output {
-    values: Vec<f32>,
-    rows: usize,
-    width: usize,
-}
-
-impl Output {
-    pub(super) fn new(rows: usize, width: usize) -> Self {
-        Self { values: Vec::with_capacity(rows * width), rows, width }
-    }
-
-    /// From row `first` on.
-    pub(super) fn below(&mut self, first: usize) -> Columns {
-        assert!(first <= self.rows);
-        // SAFETY: within the allocation by the assertion.
-        #[allow(unsafe_code)]
-        let start = unsafe { self.values.as_mut_ptr().add(first * self.width) };
-        Columns { start, rows: self.rows - first, width: self.width }
-    }
-
-    /// The numbers.
-    ///
-    /// # Safety
-    /// All of them have been written.
-    #[allow(unsafe_code)]
-    pub(super) unsafe fn written(mut self) -> Vec<f32> {
-        // SAFETY: the capacity was asked for in `new`, and the caller has written it all.
-        unsafe { self.values.set_len(self.rows * self.width) };
-        self.values
-    }
-}
-
 /// Rows of an output that tasks write disjoint columns of.
 #[derive(Clone, Copy)]
-pub(super) struct Columns {
+pub(super) struct Columns<'a> {
     start: *mut f32,
     rows: usize,
     width: usize,
+    numbers: PhantomData<&'a mut [f32]>,
 }
 
 // SAFETY: writing is unsafe and asks for disjoint columns.
 #[allow(unsafe_code)]
-unsafe impl Send for Columns {}
+unsafe impl Send for Columns<'_> {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
-unsafe impl Sync for Columns {}
+unsafe impl Sync for Columns<'_> {}
 
-impl Columns {
+impl<'a> Columns<'a> {
+    /// All of an output, in rows of `width`.
+    pub(super) fn of(output: &'a mut [MaybeUninit<f32>], width: usize) -> Self {
+        Self { start: output.as_mut_ptr().cast(), rows: output.len() / width, width, numbers: PhantomData }
+    }
+
     /// Where `columns` of `row` begin.
     pub(super) fn at(self, row: usize, columns: &Range<usize>) -> *mut f32 {
         assert!(row < self.rows && columns.start <= columns.end && columns.end <= self.width);
@@ -74,7 +49,7 @@ impl Columns {
     /// Writes `columns` of `row`.
     ///
     /// # Safety
-    /// The output is still there, and no other task touches these columns.
+    /// No other task touches these columns.
     #[allow(unsafe_code)]
     pub(super) unsafe fn write(self, row: usize, columns: &Range<usize>, numbers: &[f32]) {
         let start = self.at(row, columns);
@@ -111,65 +86,58 @@ impl Scratch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::filled;
 
     const WIDTH: usize = 7;
 
     /// Three threads with columns of their own, in two batches of rows.
     #[test]
     fn threads_fill_an_output_column_by_column() {
-        let mut output = Output::new(5, WIDTH);
-        for (first, rows) in [(0, 3), (3, 2)] {
-            let below = output.below(first);
-            std::thread::scope(|threads| {
-                for columns in [0..1, 1..4, 4..WIDTH] {
-                    threads.spawn(move || {
-                        for row in 0..rows {
-                            let at = (first + row) * WIDTH;
-                            let numbers: Vec<f32> =
-                                columns.clone().map(|column| (at + column) as f32).collect();
-                            // SAFETY: each thread has other columns, and ends before the output does.
-                            #[allow(unsafe_code)]
-                            unsafe {
-                                below.write(row, &columns, &numbers);
+        let (found, ()) = filled(5 * WIDTH, |output| {
+            for (batch, output) in output.chunks_mut(3 * WIDTH).enumerate() {
+                let all = Columns::of(output, WIDTH);
+                std::thread::scope(|threads| {
+                    for columns in [0..1, 1..4, 4..WIDTH] {
+                        threads.spawn(move || {
+                            for row in 0..all.rows {
+                                let at = (3 * batch + row) * WIDTH;
+                                let numbers: Vec<f32> =
+                                    columns.clone().map(|column| (at + column) as f32).collect();
+                                // SAFETY: each thread has other columns.
+                                #[allow(unsafe_code)]
+                                unsafe {
+                                    all.write(row, &columns, &numbers);
+                                }
                             }
-                        }
-                    });
-                }
-            });
-        }
-        // SAFETY: five rows of all columns were written.
-        #[allow(unsafe_code)]
-        let found = unsafe { output.written() };
+                        });
+                    }
+                });
+            }
+        });
         assert_eq!(found, (0..5 * WIDTH).map(|i| i as f32).collect::<Vec<_>>());
     }
 
-    #[test]
-    fn an_output_without_numbers_is_one() {
-        let mut output = Output::new(0, WIDTH);
-        output.below(0);
-        // SAFETY: there are none to write.
-        #[allow(unsafe_code)]
-        let found = unsafe { output.written() };
-        assert!(found.is_empty());
+    fn output(rows: usize, width: usize) -> Vec<MaybeUninit<f32>> {
+        vec![MaybeUninit::uninit(); rows * width]
     }
 
     #[test]
     #[should_panic(expected = "columns.end <= self.width")]
     fn columns_behind_the_last_are_refused() {
-        Output::new(2, WIDTH).below(0).at(0, &(0..WIDTH + 1));
+        Columns::of(&mut output(2, WIDTH), WIDTH).at(0, &(0..WIDTH + 1));
     }
 
     #[test]
     #[should_panic(expected = "row < self.rows")]
     fn rows_behind_the_last_are_refused() {
-        Output::new(2, WIDTH).below(1).at(1, &(0..1));
+        Columns::of(&mut output(2, WIDTH), WIDTH).at(2, &(0..1));
     }
 
     /// Blocks of 32 x 32 alone are multiplied right to where they belong.
     #[test]
     fn only_whole_blocks_have_a_place() {
-        let mut output = Output::new(BLOCK, 2 * BLOCK);
-        let all = output.below(0);
+        let mut output = output(BLOCK, 2 * BLOCK);
+        let all = Columns::of(&mut output, 2 * BLOCK);
         assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK)).is_some_and(|sums| sums.stride == 2 * BLOCK));
         assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK - 1)).is_none());
         assert!(all.block(&(1..BLOCK), &(0..BLOCK)).is_none());

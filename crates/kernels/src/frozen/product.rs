@@ -5,16 +5,19 @@
 //! in both precisions. Work is divided over the outputs, so results do not depend on the number of
 //! threads.
 
+use std::mem::MaybeUninit;
+
 use burn::tensor::TensorData;
 use rayon::prelude::*;
 
 use super::FrozenMatrix;
-use super::output::{Columns, Output, Scratch};
+use super::output::{Columns, Scratch};
 use super::product_bf16::product_bf16;
 use super::wide::widest;
 use crate::bf16::{BLOCK, Bf16Unit};
 use crate::direction::Direction;
 use crate::dot::dot;
+use crate::host::filled;
 
 /// What the factors of a product are rounded to. Sums are float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,22 +57,7 @@ impl FrozenMatrix {
     /// # Panics
     /// Where `x` is not whole rows.
     pub fn forward(&self, x: &[f32], precision: Precision) -> Vec<f32> {
-        let [rows, cols] = self.shape();
-        assert_eq!(x.len() % cols, 0, "activations of whole rows of {cols}");
-        let mut y = Output::new(x.len() / cols, rows);
-        for (i, x) in x.chunks(TOKENS * cols).enumerate() {
-            let y = y.below(i * TOKENS);
-            match (precision, Bf16Unit::detect()) {
-                _ if x.len() <= FEW_TOKENS * cols => dot_products(self, x, y),
-                (Precision::Bf16, Some(unit)) => product_bf16(self, Direction::Forward, unit, x, y),
-                _ => forward_f32(self, x, y),
-            }
-        }
-        // SAFETY: each of the three writes every column of its tokens.
-        #[allow(unsafe_code)]
-        unsafe {
-            y.written()
-        }
+        self.product(x, Direction::Forward, precision)
     }
 
     /// `dy W`.
@@ -80,20 +68,45 @@ impl FrozenMatrix {
     /// # Panics
     /// Where `dy` is not whole rows.
     pub fn backward(&self, dy: &[f32], precision: Precision) -> Vec<f32> {
+        self.product(dy, Direction::Backward, precision)
+    }
+
+    pub(super) fn product(&self, x: &[f32], direction: Direction, precision: Precision) -> Vec<f32> {
+        let [summed, width] = self.widths(direction);
+        filled(x.len() / summed * width, |out| self.multiply(x, direction, precision, out)).0
+    }
+
+    /// How wide a row of the input and one of the result are.
+    pub(super) fn widths(&self, direction: Direction) -> [usize; 2] {
         let [rows, cols] = self.shape();
-        assert_eq!(dy.len() % rows, 0, "gradients of whole rows of {rows}");
-        let mut dx = Output::new(dy.len() / rows, cols);
-        for (i, dy) in dy.chunks(TOKENS * rows).enumerate() {
-            let dx = dx.below(i * TOKENS);
-            match (precision, Bf16Unit::detect()) {
-                (Precision::Bf16, Some(unit)) => product_bf16(self, Direction::Backward, unit, dy, dx),
-                _ => backward_f32(self, dy, dx),
-            }
+        match direction {
+            Direction::Forward => [cols, rows],
+            Direction::Backward => [rows, cols],
         }
-        // SAFETY: both write every column of their tokens.
-        #[allow(unsafe_code)]
-        unsafe {
-            dx.written()
+    }
+
+    /// Writes the product in one direction to all of `out`.
+    ///
+    /// # Panics
+    /// Where `x` is not whole rows, or `out` is not as many.
+    pub(super) fn multiply(
+        &self,
+        x: &[f32],
+        direction: Direction,
+        precision: Precision,
+        out: &mut [MaybeUninit<f32>],
+    ) {
+        let [summed, width] = self.widths(direction);
+        assert!(x.len().is_multiple_of(summed), "whole rows of {summed}");
+        assert_eq!(out.len() / width, x.len() / summed, "as many rows of results");
+        for (x, out) in x.chunks(TOKENS * summed).zip(out.chunks_mut(TOKENS * width)) {
+            let out = Columns::of(out, width);
+            match (direction, precision, Bf16Unit::detect()) {
+                (Direction::Forward, ..) if x.len() <= FEW_TOKENS * summed => dot_products(self, x, out),
+                (_, Precision::Bf16, Some(unit)) => product_bf16(self, direction, unit, x, out),
+                (Direction::Forward, ..) => forward_f32(self, x, out),
+                (Direction::Backward, ..) => backward_f32(self, x, out),
+            }
         }
     }
 

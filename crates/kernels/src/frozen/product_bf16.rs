@@ -24,10 +24,10 @@ const BACKWARD_DEPTH: usize = 512;
 /// The product in one direction, in bf16: activations are packed once, and each task packs the part of the
 /// matrix that its columns of the output need, a pass along the summed dimension at a time.
 pub(super) fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Unit, x: &[f32], y: Columns) {
-    let [rows, cols] = w.shape();
-    let (summed, width, pack): (_, _, PackRight) = match direction {
-        Direction::Forward => (cols, rows, turned_rows),
-        Direction::Backward => (rows, cols, paired_rows),
+    let [summed, width] = w.widths(direction);
+    let pack: PackRight = match direction {
+        Direction::Forward => turned_rows,
+        Direction::Backward => paired_rows,
     };
     let left = Packed::new(unit, x, summed, depth_a_pass(direction, summed));
     let (tokens, passes) = (x.len() / summed, left.passes());
@@ -62,17 +62,17 @@ pub(super) fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Uni
 }
 
 /// Where 32 x 32 numbers of the output belong, or what is left of so many at its edges.
-struct Place {
-    y: Columns,
+struct Place<'a> {
+    y: Columns<'a>,
     tokens: Range<usize>,
     columns: Range<usize>,
 }
 
-impl Place {
+impl<'a> Place<'a> {
     /// # Safety
-    /// The output is still there, and no other task touches these columns.
+    /// No other task touches these columns.
     #[allow(unsafe_code)]
-    unsafe fn new(y: Columns, tokens: Range<usize>, columns: Range<usize>) -> Self {
+    unsafe fn new(y: Columns<'a>, tokens: Range<usize>, columns: Range<usize>) -> Self {
         Self { y, tokens, columns }
     }
 

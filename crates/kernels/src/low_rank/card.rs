@@ -14,18 +14,20 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::LowRankLoops;
+use super::{LowRankLoops, Scaling};
 use crate::card::{addresses, elements, empty, lanes, multiply};
+use crate::dropout::Masked;
 
 impl LowRankLoops for Cube {
     fn forward(
         y: CubeTensor,
         x: &CubeTensor,
         [a, b]: [&CubeTensor; 2],
-        scale: f32,
+        scaling: Scaling,
     ) -> (CubeTensor, CubeTensor) {
         let y = into_contiguous(y);
-        let low = Cube::float_mul_scalar(multiply(x.clone(), turned(a)), scale.into());
+        let low =
+            Cube::float_mul_scalar(multiply(masked(x.clone(), scaling), turned(a)), scaling.scale.into());
         let [tokens, width] = [y.shape()[0], y.shape()[1]];
         let sum = empty(&y, y.shape(), DType::F32);
         if tokens * width == 0 {
@@ -61,16 +63,32 @@ impl LowRankLoops for Cube {
     fn backward(
         dy: &CubeTensor,
         x: &CubeTensor,
+        dx: Option<CubeTensor>,
         [a, b]: [&CubeTensor; 2],
         low: &CubeTensor,
-        scale: f32,
+        scaling: Scaling,
         [to_x, to_a, to_b]: [bool; 3],
     ) -> [Option<CubeTensor>; 3] {
-        let at_low = Cube::float_mul_scalar(multiply(dy.clone(), b.clone()), scale.into()); // [tokens, rank]
-        let at_x = || multiply(at_low.clone(), a.clone());
-        let at_a = || multiply(turned(&at_low), x.clone());
+        // [tokens, rank]
+        let at_low = Cube::float_mul_scalar(multiply(dy.clone(), b.clone()), scaling.scale.into());
+        let at_x = || {
+            let at_x = masked(multiply(at_low.clone(), a.clone()), scaling);
+            match dx {
+                Some(dx) => Cube::float_add(dx, at_x),
+                None => at_x,
+            }
+        };
+        let at_a = || multiply(turned(&at_low), masked(x.clone(), scaling));
         let at_b = || multiply(turned(dy), low.clone());
         [to_x.then(at_x), to_a.then(at_a), to_b.then(at_b)]
+    }
+}
+
+/// `x` behind the dropout, where there is one.
+fn masked(x: CubeTensor, scaling: Scaling) -> CubeTensor {
+    match scaling.mask {
+        Some(mask) => Cube::masked(x, mask),
+        None => x,
     }
 }
 

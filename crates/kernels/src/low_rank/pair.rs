@@ -1,8 +1,12 @@
 //! The products of an adapter's two factors, a few tokens at a time: all that is read of them is read once.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
+use super::Scaling;
 use super::thin::{self, ROWS};
+use crate::dropout::Mask;
 use crate::frozen::wide::widest;
 use crate::product::{Matrix, MatrixMut, multiply_f32, turned};
 use crate::rewritten::Rewritten;
@@ -24,17 +28,18 @@ pub struct Pair {
     /// The rank, or as many rows as [`thin`] wants.
     rows: usize,
     scale: f32,
+    mask: Option<Mask>,
 }
 
 impl Pair {
     /// `a` is `[rank, in]`, `b` is `[out, rank]`.
-    pub fn new(a: &[f32], b: &[f32], rank: usize, scale: f32) -> Self {
+    pub fn new(a: &[f32], b: &[f32], rank: usize, scaling: Scaling) -> Self {
         let rows = if rank <= THIN { rank.next_multiple_of(ROWS) } else { rank };
         let (inputs, outputs) = (a.len() / rank, b.len() / rank);
         let (mut a, mut b) = (a.to_vec(), turned(b, rank));
         a.resize(rows * inputs, 0.0);
         b.resize(rows * outputs, 0.0);
-        Self { a, b, rank, rows, scale }
+        Self { a, b, rank, rows, scale: scaling.scale as f32, mask: scaling.mask }
     }
 
     fn inputs(&self) -> usize {
@@ -45,7 +50,7 @@ impl Pair {
         self.b.len() / self.rows
     }
 
-    /// `y += low B^T` with `low = scale * x A^T`, which it returns, `[tokens, rows]`.
+    /// `y += low B^T` with `low = scale * dropout(x) A^T`, which it returns, `[tokens, rows]`.
     ///
     /// # Panics
     /// Where the numbers of `x` and `y` are not as many rows.
@@ -54,36 +59,36 @@ impl Pair {
         assert_eq!(x.len() / inputs, y.len() / outputs, "as many rows of input as of output");
         let mut low = vec![0.0; x.len() / inputs * self.rows];
         let tasks = x.par_chunks(TOKENS * inputs).zip(low.par_chunks_mut(TOKENS * self.rows));
-        y.pieces(TOKENS * outputs).zip(tasks).for_each(|(y, (x, low))| {
-            self.dots(x, &self.a, low);
+        y.pieces(TOKENS * outputs).zip(tasks).enumerate().for_each(|(i, (y, (x, low)))| {
+            self.dots(&self.seen(i * TOKENS, x), &self.a, low);
             self.add_rows(low, &self.b, y);
         });
         low
     }
 
     /// The gradients at A and B for `dy`, `[rank, in]` and `[out, rank]`, from the `low` of [`Self::add`]; that at `x` is
-    /// written to `dx` where it is wanted.
-    pub fn pull_back(&self, dy: &[f32], x: &[f32], low: &[f32], dx: Option<&mut [f32]>) -> [Vec<f32>; 2] {
+    /// added to `dx` where it is wanted.
+    pub fn pull_back(&self, dy: &[f32], x: &[f32], low: &[f32], dx: Option<Rewritten>) -> [Vec<f32>; 2] {
         let tokens = (low.len() / self.rows).div_ceil(PARTS).max(TOKENS);
         let [inputs, outputs] = [self.inputs(), self.outputs()].map(|width| tokens * width);
         let dx: Vec<Option<&mut [f32]>> = match dx {
-            Some(dx) => dx.chunks_mut(inputs).map(Some).collect(),
+            Some(dx) => dx.pieces(inputs).map(Some).collect(),
             None => x.chunks(inputs).map(|_| None).collect(),
         };
         let tasks = dy.par_chunks(outputs).zip(x.par_chunks(inputs)).zip(low.par_chunks(tokens * self.rows));
-        let parts = tasks.zip(dx).map(|(((dy, x), low), dx)| self.pull_back_part(dy, x, low, dx));
+        let parts = tasks.zip(dx).enumerate();
+        let parts = parts.map(|(i, (((dy, x), low), dx))| self.pull_back_part(i * tokens, [dy, x, low], dx));
         // Collected first: whichever task ends first, they are summed in their order.
         let parts = parts.collect::<Vec<_>>().into_iter().reduce(total);
         let [a, b] = parts.unwrap_or_else(|| [&self.a, &self.b].map(|rows| vec![0.0; rows.len()]));
         [a[..self.rank * self.inputs()].to_vec(), turned(&b[..self.rank * self.outputs()], self.outputs())]
     }
 
-    /// The gradients at A, and at B turned, by some of the tokens.
+    /// The gradients at A, and at B turned, by some of the tokens, from `first` on.
     fn pull_back_part(
         &self,
-        dy: &[f32],
-        x: &[f32],
-        low: &[f32],
+        first: usize,
+        [dy, x, low]: [&[f32]; 3],
         mut dx: Option<&mut [f32]>,
     ) -> [Vec<f32>; 2] {
         let (inputs, outputs) = (self.inputs(), self.outputs());
@@ -91,17 +96,32 @@ impl Pair {
         let mut dlow = vec![0.0; TOKENS * self.rows];
         let tokens = dy.chunks(TOKENS * outputs).zip(x.chunks(TOKENS * inputs));
         for (i, ((dy, x), low)) in tokens.zip(low.chunks(TOKENS * self.rows)).enumerate() {
-            let dlow = &mut dlow[..low.len()];
+            let (dlow, token) = (&mut dlow[..low.len()], first + i * TOKENS);
             self.dots(dy, &self.b, dlow);
             if let Some(dx) = &mut dx {
-                let dx = &mut dx[i * TOKENS * inputs..][..x.len()];
-                dx.fill(0.0);
-                self.add_rows(dlow, &self.a, dx);
+                self.add_to_seen(dlow, token, &mut dx[i * TOKENS * inputs..][..x.len()]);
             }
-            self.add_outer(dlow, x, &mut a);
+            self.add_outer(dlow, &self.seen(token, x), &mut a);
             self.add_outer(low, dy, &mut b);
         }
         [a, b]
+    }
+
+    /// What A sees of the `x` of some tokens, the first of them `token`.
+    fn seen<'x>(&self, token: usize, x: &'x [f32]) -> Cow<'x, [f32]> {
+        let Some(mask) = self.mask else { return x.into() };
+        let mut x = x.to_vec();
+        mask.apply(token, &mut x, self.inputs());
+        x.into()
+    }
+
+    /// `dx += dlow A` where A sees `x`.
+    fn add_to_seen(&self, dlow: &[f32], token: usize, dx: &mut [f32]) {
+        let Some(mask) = self.mask else { return self.add_rows(dlow, &self.a, dx) };
+        let mut at_seen = vec![0.0; dx.len()];
+        self.add_rows(dlow, &self.a, &mut at_seen);
+        mask.apply(token, &mut at_seen, self.inputs());
+        dx.iter_mut().zip(at_seen).for_each(|(dx, x)| *dx += x);
     }
 
     /// `low = scale * x rows^T`.

@@ -1,12 +1,34 @@
-use pronk_kernels::add_low_rank;
+use std::sync::Arc;
 
-use crate::reference::{Input, check, dot};
+use burn::tensor::{Device, Tensor};
+use pronk_kernels::{
+    Dropout, DropoutKey, Format, FrozenLinear, FrozenMatrix, Precision, Scaling, add_low_rank,
+};
+
+use crate::reference::{Input, check, dot, host, numbers};
 
 const SCALE: f64 = 1.5;
+const DROPOUT: Dropout = Dropout { p: 0.3, key: DropoutKey { seed: 1, step: 2, micro_batch: 3 } };
+const LAYER: &str = "model.layers.0.self_attn.q_proj";
 
 /// `a b^T`, with rows of `width`.
 fn times_transposed(a: &[f64], b: &[f64], width: usize) -> Vec<f64> {
     a.chunks_exact(width).flat_map(|a| b.chunks_exact(width).map(move |b| dot(a, b))).collect()
+}
+
+/// `y + SCALE * (x A^T) B^T`.
+fn updated(y: &[f64], [x, a, b]: [&[f64]; 3], inputs: usize, rank: usize) -> Vec<f64> {
+    let update = times_transposed(&times_transposed(x, a, inputs), b, rank);
+    y.iter().zip(update).map(|(y, update)| y + SCALE * update).collect()
+}
+
+/// What is left of ones, `[tokens, inputs]`.
+fn kept(tokens: usize, inputs: usize) -> Vec<f64> {
+    host(&DROPOUT.apply(Tensor::ones([tokens, inputs], &Device::default()), LAYER))
+}
+
+fn masked(x: &[f64], kept: &[f64]) -> Vec<f64> {
+    x.iter().zip(kept).map(|(x, kept)| x * kept).collect()
 }
 
 #[test]
@@ -30,8 +52,7 @@ fn odd_sizes_and_more_than_one_task() {
         ];
         let reference = |values: &[Vec<f64>]| -> Vec<f64> {
             let [y, x, a, b] = values else { panic!("four inputs") };
-            let update = times_transposed(&times_transposed(x, a, inputs), b, rank);
-            y.iter().zip(update).map(|(y, update)| y + SCALE * update).collect()
+            updated(y, [x, a, b], inputs, rank)
         };
         check(
             &format!("{tokens} tokens, {inputs} to {outputs}, rank {rank}"),
@@ -39,5 +60,54 @@ fn odd_sizes_and_more_than_one_task() {
             |t| add_low_rank(t[0].clone(), t[1].clone(), &t[2], &t[3], SCALE),
             reference,
         );
+    }
+}
+
+/// Of what is dropped, neither the adapter's part of the output nor its gradients see anything.
+#[test]
+fn a_mask_hides_features_from_the_adapter() {
+    for [tokens, inputs, outputs, rank] in [[1, 3, 5, 1], [67, 65, 9, 4], [530, 2, 3, 2], [5, 9, 40, 30]] {
+        let inputs_of_all = [
+            Input::random([tokens, outputs], 1),
+            Input::random([tokens, inputs], 2),
+            Input::random([rank, inputs], 3),
+            Input::random([outputs, rank], 4),
+        ];
+        let kept = kept(tokens, inputs);
+        let scaling = Scaling { scale: SCALE, mask: DROPOUT.mask(LAYER) };
+        check(
+            &format!("{tokens} tokens, {inputs} to {outputs}, rank {rank}, with dropout"),
+            &inputs_of_all,
+            |t| add_low_rank(t[0].clone(), t[1].clone(), &t[2], &t[3], scaling),
+            |values| updated(&values[0], [&masked(&values[1], &kept), &values[2], &values[3]], inputs, rank),
+        );
+    }
+}
+
+/// A layer and its adapter as one operation, with and without dropout in front of the adapter alone.
+#[test]
+fn a_layer_and_its_adapter_run_as_one() {
+    for [tokens, inputs, outputs, rank] in [[1, 3, 5, 1], [67, 33, 9, 4], [6, 64, 36, 16], [5, 9, 40, 30]] {
+        let weight = numbers(outputs * inputs, 5);
+        let bytes: Vec<u8> = weight.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
+        let matrix = FrozenMatrix::dense(Format::F32, [outputs, inputs], bytes.into()).unwrap();
+        let layer = FrozenLinear::on_host(Arc::new(matrix), Precision::F32, None);
+        let factors = [
+            Input::random([tokens, inputs], 2),
+            Input::random([rank, inputs], 3),
+            Input::random([outputs, rank], 4),
+        ];
+        for mask in [None, DROPOUT.mask(LAYER)] {
+            let kept = if mask.is_some() { kept(tokens, inputs) } else { vec![1.0; tokens * inputs] };
+            check(
+                &format!("{tokens} tokens, {inputs} to {outputs}, rank {rank}, mask {mask:?}"),
+                &factors,
+                |t| layer.adapted_product(t[0].clone(), &t[1], &t[2], Scaling { scale: SCALE, mask }),
+                |values| {
+                    let y = times_transposed(&values[0], &weight, inputs);
+                    updated(&y, [&masked(&values[0], &kept), &values[1], &values[2]], inputs, rank)
+                },
+            );
+        }
     }
 }
