@@ -107,7 +107,7 @@ fn zeros<B: Backend>(x: &FloatTensor<B>, w: &FrozenWeight) -> FloatTensor<B> {
 /// The numbers of a tensor that the host's processor cannot read where they are.
 fn fetched<B: Backend>(x: FloatTensor<B>) -> Vec<f32> {
     match burn::tensor::try_read_sync(B::float_into_data(x)) {
-        Some(Ok(data)) => data.convert::<f32>().into_vec().unwrap_or_default(),
+        Some(Ok(data)) => data.convert::<f32>().try_into_vec().unwrap_or_default(),
         // Only browsers cannot wait for a device, and none of these backends is for them.
         _ => Vec::new(),
     }

@@ -1,7 +1,7 @@
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::{Dropout, DropoutKey, EmbeddingNoise, Mask, Tracked, plain, pull_back};
 
-use crate::reference::{Input, assert_close, devices, host};
+use crate::reference::{Input, all_devices, assert_close, devices, host};
 
 const SHAPE: [usize; 2] = [301, 77];
 const KEY: DropoutKey = DropoutKey { seed: 1, step: 2, micro_batch: 3 };
@@ -51,7 +51,7 @@ fn a_mask_depends_on_its_key_and_its_name_alone() {
 #[test]
 fn a_mask_is_the_same_on_every_device() {
     let expected = host(&plain::dropout(Tensor::ones(SHAPE, &Device::default()), mask_of(0.3)));
-    for (device_name, device) in devices() {
+    for (device_name, device) in all_devices() {
         assert_eq!(mask(0.3, KEY, NAME, &device), expected, "{device_name}");
     }
 }

@@ -15,7 +15,7 @@ pub fn devices() -> Vec<(String, Device)> {
 }
 
 /// The same with CubeCL's CPU runtime, for small shapes: there a product takes seconds.
-fn all_devices() -> Vec<(String, Device)> {
+pub fn all_devices() -> Vec<(String, Device)> {
     let mut devices = open_devices();
     if let Ok(wanted) = std::env::var("PRONK_TEST_DEVICES") {
         devices.retain(|(name, _)| wanted.split(',').any(|wanted| wanted == name));
