@@ -15,7 +15,6 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::Scope;
 
 use minijinja::{Environment, UndefinedBehavior, Value};
 
@@ -237,15 +236,6 @@ impl PromptTemplate {
         }
     }
 
-    /// A thread of `scope` that this template is rendered on many times over.
-    pub(crate) fn spawn<'scope>(
-        &self,
-        scope: &'scope Scope<'scope, '_>,
-        run: impl FnOnce() + Send + 'scope,
-    ) -> Result<(), DataError> {
-        deep::spawn(scope, run).map_err(|e| no_thread(&self.name, &e))
-    }
-
     fn fill(&self, context: Value) -> Result<String, DataError> {
         let (environment, name) = (Arc::clone(&self.environment), self.name.clone());
         deep(move || environment.get_template(&name)?.render(context))
@@ -275,7 +265,8 @@ fn check_size(name: &str, bytes: usize) -> Result<(), DataError> {
     Err(DataError::Template { name: name.to_owned(), message })
 }
 
-fn no_thread(name: &str, error: &io::Error) -> DataError {
+/// What the system's refusal of a thread, or one that was given up, means for the template called `name`.
+pub(crate) fn no_thread(name: &str, error: &io::Error) -> DataError {
     let message = if error.kind() == io::ErrorKind::TimedOut {
         let seconds = deep::PATIENCE.as_secs();
         format!(

@@ -40,6 +40,21 @@ fn answer(row: ExampleView<'_>) -> usize {
     smollm().decode(&labels.collect::<Vec<_>>()).unwrap().parse().unwrap()
 }
 
+/// One record for which a template would compare lists for years, among many others.
+#[test]
+fn a_record_that_a_template_never_ends_with_is_named() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("slow.jinja");
+    let source = "{% set n = namespace(x=[1], y=[1]) %}{% if instruction == 'Say 300' %}{% for i in range(60) %}\
+        {% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{% endif %}\
+        {{ n.x == n.y }}{{ instruction }}{{ output }}";
+    fs::write(&path, source).unwrap();
+    let template = path.display().to_string();
+    let config = PrepareConfig { template, ..config(&dir, &numbered(2 * CHUNK)) };
+    let error = run(&config).unwrap_err().to_string();
+    assert!(error.contains("record 301") && error.contains("not rendered after 5 s"), "{error}");
+}
+
 #[test]
 fn rows_keep_file_order_whatever_the_threads_do() {
     let dir = TempDir::new().unwrap();

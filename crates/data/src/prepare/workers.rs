@@ -10,7 +10,7 @@ use std::thread;
 use crate::error::DataError;
 use crate::example::{RowConfig, Tokenized, tokenize};
 use crate::record::{Origin, Record};
-use crate::template::PromptTemplate;
+use crate::template::{PromptTemplate, no_thread};
 use crate::tokenizer::{Encoder, TextTokenizer};
 
 /// Records a worker takes at a time: enough to make the queue's cost vanish, few enough for all to end together.
@@ -62,7 +62,8 @@ pub(super) fn run(
                     }
                 }
             };
-            template.spawn(scope, work)?;
+            let spawned = thread::Builder::new().spawn_scoped(scope, work);
+            spawned.map_err(|error| no_thread(template.name(), &error))?;
         }
         // Both ends of both queues are the workers' own now: if one panics, nobody waits for it.
         drop((finished, queue));

@@ -5,9 +5,9 @@
 
 use std::cell::Cell;
 use std::io;
-use std::panic::resume_unwind;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::{Builder, Scope};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::mpsc::{self, Sender};
+use std::thread::Builder;
 use std::time::Duration;
 
 /// Of the address space; of memory only what is used.
@@ -15,38 +15,37 @@ const STACK: usize = 512 << 20;
 /// What takes this long takes forever: a rendering is done in less than a millisecond.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
+type Job = Box<dyn FnOnce() + Send>;
+
 thread_local! {
     static DEEP: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `run` in `scope` on such a stack, for as long as it takes.
-pub fn spawn<'scope>(scope: &'scope Scope<'scope, '_>, run: impl FnOnce() + Send + 'scope) -> io::Result<()> {
-    let run = || {
-        DEEP.set(true);
-        run();
-    };
-    Builder::new().stack_size(STACK).spawn_scoped(scope, run).map(drop)
+    /// The way to the thread with such a stack that works for this one, once there is one. It ends with this one.
+    static HELPER: Cell<Option<Sender<Job>>> = const { Cell::new(None) };
 }
 
 /// Runs `run` on such a stack: on this thread's, where it is one; else on a thread that is given up, and left behind,
-/// when its time is over.
+/// when its time is over. While all goes well it is the same for one call after another.
 pub fn deep<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     if DEEP.get() {
         return Ok(run());
     }
+    let helper = HELPER.take().map_or_else(new_helper, Ok)?;
     let (done, result) = mpsc::channel();
-    let run = move || {
-        DEEP.set(true);
+    let job = move || {
         // Nobody listens any more where it took too long.
-        let _ = done.send(run());
+        let _ = done.send(catch_unwind(AssertUnwindSafe(run)));
     };
-    let thread = Builder::new().stack_size(STACK).spawn(run)?;
-    match result.recv_timeout(PATIENCE) {
-        Ok(value) => Ok(value),
-        Err(RecvTimeoutError::Timeout) => Err(io::ErrorKind::TimedOut.into()),
-        Err(RecvTimeoutError::Disconnected) => match thread.join() {
-            Err(panic) => resume_unwind(panic),
-            Ok(()) => Err(io::ErrorKind::Other.into()),
-        },
-    }
+    helper.send(Box::new(job)).map_err(|_| io::ErrorKind::Other)?;
+    let outcome = result.recv_timeout(PATIENCE).map_err(|_| io::ErrorKind::TimedOut)?;
+    HELPER.set(Some(helper));
+    outcome.or_else(|panic| resume_unwind(panic))
+}
+
+fn new_helper() -> io::Result<Sender<Job>> {
+    let (helper, jobs) = mpsc::channel::<Job>();
+    Builder::new().stack_size(STACK).spawn(move || {
+        DEEP.set(true);
+        jobs.into_iter().for_each(|job| job());
+    })?;
+    Ok(helper)
 }
