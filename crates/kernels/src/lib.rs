@@ -39,6 +39,7 @@ pub mod plain;
 mod product;
 mod pullback;
 mod random;
+mod residual;
 #[cfg_attr(not(any(feature = "flex", feature = "tch")), allow(dead_code))]
 mod rewritten;
 mod rotary;
@@ -66,6 +67,7 @@ pub use muon::Muon;
 pub use norm::rms_norm;
 pub use pullback::{Tracked, pull_back};
 pub use random::{EmbeddingNoise, stream};
+pub use residual::{fan_out, residual};
 pub use rotary::{RopeScaling, Rotary, RotaryTables};
 pub use soft_cap::soft_cap;
 pub use threads::compute_on_this_thread;

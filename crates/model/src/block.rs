@@ -1,5 +1,5 @@
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Activation, Scoring, attention, glu, rms_norm};
+use pronk_kernels::{Activation, Scoring, attention, fan_out, glu, residual, rms_norm};
 use pronk_lora::{ForwardMode, LoraLinear};
 
 use crate::Layout;
@@ -92,11 +92,13 @@ impl Block {
         norms: &NormsAround,
         half: impl FnOnce(Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let y = half(rms_norm(x.clone(), &norms.before, self.rms_norm_eps));
-        x + match &norms.after {
+        let [x, h] = fan_out(&x);
+        let y = half(rms_norm(h, &norms.before, self.rms_norm_eps));
+        let y = match &norms.after {
             Some(weight) => rms_norm(y, weight, self.rms_norm_eps),
             None => y,
-        }
+        };
+        residual(x, y)
     }
 
     /// Its linear layers' names, those together that read the same input.

@@ -45,7 +45,9 @@ fn new_helper() -> io::Result<Sender<Job>> {
     let (helper, jobs) = mpsc::channel::<Job>();
     Builder::new().stack_size(STACK).spawn(move || {
         DEEP.set(true);
-        jobs.into_iter().for_each(|job| job());
+        for job in jobs {
+            job();
+        }
     })?;
     Ok(helper)
 }

@@ -15,4 +15,5 @@ mod lent;
 mod low_rank;
 mod optimizers;
 mod reference;
+mod residual;
 mod rotary;
