@@ -31,14 +31,14 @@ pub fn residual(x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
 
 /// `x` for each of `N` readers. All of them have to be part of what gradients come from: `x` gets its own when the last of
 /// theirs is there.
-pub fn fan_out<const N: usize>(x: &Tensor<2>) -> [Tensor<2>; N] {
-    if !has_loops(x) || N < 2 {
+pub fn fan_out<const N: usize>(x: Tensor<2>) -> [Tensor<2>; N] {
+    if !has_loops(&x) || N < 2 {
         return std::array::from_fn(|_| x.clone());
     }
     let readers = Arc::new(Readers { gradients: Mutex::new((0..N).map(|_| None).collect()) });
+    let x = x.into_dispatch();
     std::array::from_fn(|reader| {
-        let readers = Arc::clone(&readers);
-        Tensor::from_dispatch(Dispatch::read(x.clone().into_dispatch(), readers, reader))
+        Tensor::from_dispatch(Dispatch::read(x.clone(), Arc::clone(&readers), reader))
     })
 }
 

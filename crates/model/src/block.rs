@@ -92,7 +92,7 @@ impl Block {
         norms: &NormsAround,
         half: impl FnOnce(Tensor<2>) -> Tensor<2>,
     ) -> Tensor<2> {
-        let [x, h] = fan_out(&x);
+        let [x, h] = fan_out(x);
         let y = half(rms_norm(h, &norms.before, self.rms_norm_eps));
         let y = match &norms.after {
             Some(weight) => rms_norm(y, weight, self.rms_norm_eps),

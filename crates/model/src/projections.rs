@@ -20,7 +20,7 @@ impl<const N: usize> Projections<N> {
     pub fn forward(&self, x: &Tensor<2>, mode: ForwardMode) -> [Tensor<2>; N] {
         match self {
             Self::Apart(layers) => {
-                let inputs = fan_out::<N>(x);
+                let inputs = fan_out::<N>(x.clone());
                 std::array::from_fn(|i| layers[i].forward(inputs[i].clone(), mode))
             }
             Self::Packed(layer, parts) => {

@@ -26,7 +26,7 @@ fn the_gradients_of_all_readers_are_summed() {
             &format!("{shape:?}"),
             &[Input::random(shape, 1)],
             |t| {
-                let [a, b, c] = fan_out(&t[0]);
+                let [a, b, c] = fan_out(t[0].clone());
                 residual(a * 3.0, residual(b.clone() * b, c))
             },
             |values| values[0].iter().map(|x| 3.0 * x + x * x + x).collect(),
@@ -41,8 +41,8 @@ fn large_values_are_summed_by_all_cores() {
     for (name, device) in all_devices() {
         let x = Input::random(SHAPE, 1);
         let leaf = x.on(&device).tracked();
-        let [a, b] = fan_out(&leaf);
-        let [c, d, e] = fan_out(&a);
+        let [a, b] = fan_out(leaf.clone());
+        let [c, d, e] = fan_out(a);
         let y = residual(residual(b * 2.0, c * 3.0), residual(d, e * 5.0));
         let expected: Vec<f64> = x.values.iter().map(|x| 11.0 * x).collect();
         assert_close(&format!("sums on {name}"), &host(&y), &expected);
