@@ -11,12 +11,8 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
 use crate::host::{Host, Loops, has_loops};
-
-/// Numbers of a task.
-const PIECE: usize = 1 << 14;
 
 /// `x + y`, as it goes around a half of a block.
 ///
@@ -96,11 +92,7 @@ impl<B: Host> ResidualLoops for B {
         let others: Vec<&[f32]> = others.iter().map(B::numbers).collect();
         B::rewrite(first, |sum| {
             assert!(others.iter().all(|other| other.len() == sum.len()), "summands of one shape");
-            sum.pieces(PIECE).enumerate().for_each(|(i, sum)| {
-                for other in &others {
-                    sum.iter_mut().zip(&other[i * PIECE..]).for_each(|(sum, x)| *sum += x);
-                }
-            });
+            sum.add(&others);
         })
         .0
     }

@@ -23,6 +23,18 @@ impl<'a> Rewritten<'a> {
         }
     }
 
+    /// Adds others to them, number by number in the order of the others, each as long or shorter.
+    pub fn add(self, others: &[&[f32]]) {
+        const PIECE: usize = 1 << 14;
+        assert!(others.iter().all(|other| other.len() <= self.len()), "no more summands than sums");
+        self.pieces(PIECE).enumerate().for_each(|(i, sums)| {
+            for other in others {
+                let other = other.get(i * PIECE..).unwrap_or_default();
+                sums.iter_mut().zip(other).for_each(|(sum, x)| *sum += x);
+            }
+        });
+    }
+
     /// Where the numbers are read, where all the others are to be written, which may be one place or hold nothing yet,
     /// and how many there are.
     pub fn places(self) -> (*const f32, *mut f32, usize) {
@@ -49,6 +61,16 @@ impl<'a> Rewritten<'a> {
         let elsewhere = from.par_chunks(length).zip(out.par_chunks_mut(length));
         in_place.par_chunks_mut(length).chain(elsewhere.map(|(from, out)| out.write_copy_of_slice(from)))
     }
+}
+
+/// The sum of `parts` in their order, `length` numbers; parts that are shorter end with zeros.
+pub fn total(parts: Vec<Vec<f32>>, length: usize) -> Vec<f32> {
+    let mut parts = parts.into_iter();
+    let mut sums = parts.next().unwrap_or_default();
+    sums.resize(length, 0.0);
+    let others: Vec<_> = parts.collect();
+    Rewritten::InPlace(&mut sums).add(&others.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    sums
 }
 
 #[cfg(test)]
@@ -84,6 +106,18 @@ pub(crate) mod tests {
         let double = |piece: &mut [f32]| piece.iter_mut().for_each(|x| *x *= 2.0);
         let ([found], ()) = both_ways(&[numbers(0, 1)], |[numbers]| numbers.pieces(3).for_each(double));
         assert_eq!(found, numbers(0, 2));
+    }
+
+    /// Several pieces, to which one adds all and one the beginning.
+    #[test]
+    fn others_are_added_as_far_as_they_go() {
+        let numbers = |count: u16, factor: f32| (0..count).map(|x| factor * f32::from(x)).collect::<Vec<_>>();
+        let (all, some) = (numbers(40_000, 2.0), numbers(20_000, 5.0));
+        let ([found], ()) = both_ways(&[numbers(40_000, 1.0)], |[sums]| sums.add(&[&all, &some]));
+        assert!(found[..20_000] == numbers(20_000, 8.0));
+        assert!(found[20_000..] == numbers(40_000, 3.0)[20_000..]);
+        assert_eq!(total(vec![vec![1.0], vec![2.0, 3.0]], 3), [3.0, 3.0, 0.0]);
+        assert_eq!(total(Vec::new(), 1), [0.0]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::scoring::{Scoring, cap};
 use crate::bf16::BLOCK;
 use crate::frozen::wide::widest;
 use crate::product::{Matrix, MatrixMut, RightFactor, multiply, turned};
-use crate::rewritten::Rewritten;
+use crate::rewritten::{Rewritten, total};
 use crate::softmax::{exponentials, exponentials_below, pull_back};
 
 /// Rows of a tile, its queries times the query heads that share a key head: enough to keep a
@@ -102,22 +102,13 @@ pub fn backward(
             let q = unsafe { q.part(task.queries(dim)) };
             Scratch::with(|scratch| task.pull_back(q, &factors, log_sums, dy, scratch))
         });
-        // Collected first: whichever task ends first, they are summed in their order.
-        for (own, gradients) in [&mut k, &mut v].into_iter().zip(totals(parts.collect(), keys.len())) {
-            own.store(head.span.keys.clone(), &gradients);
+        // Collected first: whichever task ends first, they are summed in their order. A part ends with the last key that
+        // its queries see.
+        let (of_keys, of_values): (Vec<_>, Vec<_>) = parts.collect();
+        for (own, parts) in [(&mut k, of_keys), (&mut v, of_values)] {
+            own.store(head.span.keys.clone(), &total(parts, keys.len()));
         }
     });
-}
-
-/// The sums of gradients at keys and values, each part of which ends with the last key that its queries see.
-fn totals(parts: Vec<[Vec<f32>; 2]>, length: usize) -> [Vec<f32>; 2] {
-    let mut totals = [vec![0.0; length], vec![0.0; length]];
-    for part in parts {
-        for (total, part) in totals.iter_mut().zip(part) {
-            total.iter_mut().zip(part).for_each(|(total, x)| *total += x);
-        }
-    }
-    totals
 }
 
 /// Queries of a span that look at one key head.
@@ -213,7 +204,7 @@ impl<'a> Task<'a> {
         log_sums: &[f32],
         dy: &[f32],
         scratch: &mut Scratch,
-    ) -> [Vec<f32>; 2] {
+    ) -> (Vec<f32>, Vec<f32>) {
         let (dim, Scoring { precision, scale: by, .. }) = (self.widths.dim, self.scoring);
         let Scratch {
             q: tile_q, dk, dv, dy: tile_dy, log_sums: tops, scores, caps, slopes, products, ..
@@ -253,7 +244,7 @@ impl<'a> Task<'a> {
             scale(products, by);
             q.store(tile.queries, products);
         }
-        [dk, dv].map(|gradient| turned(gradient, all))
+        (turned(dk, all), turned(dv, all))
     }
 
     /// Query heads that share the key head.

@@ -9,7 +9,7 @@ use super::thin::{self, ROWS};
 use crate::dropout::Mask;
 use crate::frozen::wide::widest;
 use crate::product::{Matrix, MatrixMut, multiply_f32, turned};
-use crate::rewritten::Rewritten;
+use crate::rewritten::{Rewritten, total};
 
 /// Tokens of one task.
 const TOKENS: usize = 32;
@@ -79,9 +79,10 @@ impl Pair {
         let parts = tasks.zip(dx).enumerate();
         let parts = parts.map(|(i, (((dy, x), low), dx))| self.pull_back_part(i * tokens, [dy, x, low], dx));
         // Collected first: whichever task ends first, they are summed in their order.
-        let parts = parts.collect::<Vec<_>>().into_iter().reduce(total);
-        let [a, b] = parts.unwrap_or_else(|| [&self.a, &self.b].map(|rows| vec![0.0; rows.len()]));
-        [a[..self.rank * self.inputs()].to_vec(), turned(&b[..self.rank * self.outputs()], self.outputs())]
+        let (of_a, of_b): (Vec<_>, Vec<_>) = parts.collect();
+        let mut a = total(of_a, self.a.len());
+        a.truncate(self.rank * self.inputs());
+        [a, turned(&total(of_b, self.b.len())[..self.rank * self.outputs()], self.outputs())]
     }
 
     /// The gradients at A, and at B turned, by some of the tokens, from `first` on.
@@ -90,7 +91,7 @@ impl Pair {
         first: usize,
         [dy, x, low]: [&[f32]; 3],
         mut dx: Option<&mut [f32]>,
-    ) -> [Vec<f32>; 2] {
+    ) -> (Vec<f32>, Vec<f32>) {
         let (inputs, outputs) = (self.inputs(), self.outputs());
         let [mut a, mut b] = [&self.a, &self.b].map(|rows| vec![0.0; rows.len()]);
         let mut dlow = vec![0.0; TOKENS * self.rows];
@@ -104,7 +105,7 @@ impl Pair {
             self.add_outer(dlow, &self.seen(token, x), &mut a);
             self.add_outer(low, dy, &mut b);
         }
-        [a, b]
+        (a, b)
     }
 
     /// What A sees of the `x` of some tokens, the first of them `token`.
@@ -161,11 +162,4 @@ impl Pair {
             multiply_f32(low, x, MatrixMut::rows(rows, width), true);
         }
     }
-}
-
-fn total([mut a, mut b]: [Vec<f32>; 2], part: [Vec<f32>; 2]) -> [Vec<f32>; 2] {
-    for (sums, part) in [&mut a, &mut b].into_iter().zip(part) {
-        sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
-    }
-    [a, b]
 }
