@@ -18,6 +18,11 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
 }
 
+/// A file of numbers, which stays to the end of the tests.
+fn numbers(file: &str) -> SafeTensors<'static> {
+    SafeTensors::deserialize(fs::read(golden().join(file)).unwrap().leak()).unwrap()
+}
+
 fn devices() -> Vec<Device> {
     let devices = open_devices();
     assert!(!devices.is_empty(), "build with --features flex, tch, or both");
@@ -93,8 +98,7 @@ fn loss_and_gradients_equal_pefts() {
 /// From the same start over the base as it is, where PEFT takes the start away from the base's own weights.
 #[test]
 fn gradients_of_a_principal_start_equal_pefts() {
-    let bytes = fs::read(golden().join("pissa-gradients.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let file = numbers("pissa-gradients.safetensors");
     for device in devices() {
         let (base, decoder) = decoder("tiny-gqa", &device);
         let config = LoraConfig {
@@ -164,8 +168,7 @@ fn gradients_of_what_is_trained_whole_equal_pefts() {
 }
 
 fn equal_pefts(file: &str, cases: &[(&str, String)]) {
-    let bytes = fs::read(golden().join(file)).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let file = numbers(file);
     for device in devices() {
         for (case, model) in cases {
             let (base, decoder) = decoder(model, &device);
@@ -203,8 +206,7 @@ fn equal_pefts(file: &str, cases: &[(&str, String)]) {
 /// whole, which are PEFT's.
 #[test]
 fn parts_of_packed_layers_have_the_gradients_of_their_blocks() {
-    let bytes = fs::read(golden().join("family-gradients.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let file = numbers("family-gradients.safetensors");
     for device in devices() {
         let (base, decoder) = decoder("tiny-phi3", &device);
         let modules = base.config.adapter_modules();
@@ -243,15 +245,37 @@ fn parts_of_packed_layers_have_the_gradients_of_their_blocks() {
     }
 }
 
-#[test]
-fn micro_batches_add_up_to_the_whole() {
-    let bytes = fs::read(golden().join("lora-gradients.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    for device in devices() {
+/// A decoder with an adapter and what they are given, all of them goldens.
+struct TinyGqa {
+    device: Device,
+    decoder: Decoder,
+    adapter: Adapter,
+    examples: Vec<TokenizedExample>,
+}
+
+/// One on every device.
+fn tiny_gqa() -> impl Iterator<Item = TinyGqa> {
+    let examples = examples(&numbers("lora-gradients.safetensors"), "gqa");
+    devices().into_iter().map(move |device| {
         let (base, decoder) = decoder("tiny-gqa", &device);
         let modules = base.config.linear_modules();
         let adapter = Adapter::load(&golden().join("adapter-gqa"), &modules, &device).unwrap();
-        let examples = examples(&file, "gqa");
+        TinyGqa { device, decoder, adapter, examples: examples.clone() }
+    })
+}
+
+/// Fails where a gradient is further than `tolerance` of its largest number from the expected one.
+fn assert_close(found: &Gradients, expected: &Gradients, tolerance: f32, what: &str) {
+    for (name, gradient) in &expected.tensors {
+        let reference: Vec<f32> = gradient.try_to_vec_as().unwrap();
+        let error = relative_error(&found.tensors[name], &reference);
+        assert!(error < tolerance, "{what} {name}: {error}");
+    }
+}
+
+#[test]
+fn micro_batches_add_up_to_the_whole() {
+    for TinyGqa { device, decoder, adapter, examples } in tiny_gqa() {
         let whole = pack(&examples);
         let n = whole.supervised();
         let at_once = loss_and_gradients(&decoder, &adapter, &whole, n, graphs(0), None, None);
@@ -263,10 +287,7 @@ fn micro_batches_add_up_to_the_whole() {
             sum.accumulate(part.gradients);
         }
         assert!((losses / loss(&at_once) - 1.0).abs() < 1e-5);
-        for (name, gradient) in &at_once.gradients.tensors {
-            let reference: Vec<f32> = gradient.try_to_vec_as().unwrap();
-            assert!(relative_error(&sum.tensors[name], &reference) < 1e-4, "{name}");
-        }
+        assert_close(&sum, &at_once.gradients, 1e-4, &format!("{device:?}"));
         let plain: f32 = loss_only(&decoder, Some(&adapter), &whole).into_scalar();
         assert!((plain / loss(&at_once) - 1.0).abs() < 1e-5);
     }
@@ -274,13 +295,8 @@ fn micro_batches_add_up_to_the_whole() {
 
 #[test]
 fn recompute_sees_the_same_dropout() {
-    let bytes = fs::read(golden().join("lora-gradients.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    for device in devices() {
-        let (base, decoder) = decoder("tiny-gqa", &device);
-        let modules = base.config.linear_modules();
-        let adapter = Adapter::load(&golden().join("adapter-gqa"), &modules, &device).unwrap();
-        let batch = pack(&examples(&file, "gqa"));
+    for TinyGqa { device, decoder, adapter, examples } in tiny_gqa() {
+        let batch = pack(&examples);
         let run = |kept, step| {
             let key = DropoutKey { seed: 1, step, micro_batch: 0 };
             let dropout = Some(Dropout { p: 0.3, key });
@@ -289,11 +305,7 @@ fn recompute_sees_the_same_dropout() {
         let (kept, again) = (run(usize::MAX, 0), run(0, 0));
         // Backends may fuse an operation where no graph is recorded: equal but for rounding.
         assert!((loss(&kept) / loss(&again) - 1.0).abs() < 1e-6);
-        for (name, gradient) in &kept.gradients.tensors {
-            let reference: Vec<f32> = gradient.try_to_vec_as().unwrap();
-            let error = relative_error(&again.gradients.tensors[name], &reference);
-            assert!(error < 1e-5, "{device:?} {name}: {error}");
-        }
+        assert_close(&again.gradients, &kept.gradients, 1e-5, &format!("{device:?}"));
         let other = run(usize::MAX, 1);
         assert!((loss(&kept) / loss(&other) - 1.0).abs() > 1e-3, "another step has another mask");
     }
@@ -301,13 +313,8 @@ fn recompute_sees_the_same_dropout() {
 
 #[test]
 fn saved_inputs_may_be_rounded_or_lie_elsewhere() {
-    let bytes = fs::read(golden().join("lora-gradients.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    for device in devices() {
-        let (base, decoder) = decoder("tiny-gqa", &device);
-        let modules = base.config.linear_modules();
-        let adapter = Adapter::load(&golden().join("adapter-gqa"), &modules, &device).unwrap();
-        let batch = pack(&examples(&file, "gqa"));
+    for TinyGqa { device, decoder, adapter, examples } in tiny_gqa() {
+        let batch = pack(&examples);
         let run = |inputs| {
             let micro =
                 loss_and_gradients(&decoder, &adapter, &batch, 1, Keep { graphs: 0, inputs }, None, None);
