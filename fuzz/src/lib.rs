@@ -17,6 +17,8 @@ mod mutations;
 
 // A part of the binary that a library could not be made of for this alone, and the two functions it asks for.
 mod datasets;
+#[path = "../../crates/cli/src/knobs.rs"]
+mod knobs;
 #[path = "../../crates/cli/src/recipe.rs"]
 mod recipe;
 

@@ -10,6 +10,7 @@ mod datasets;
 mod gguf_keys;
 mod hub;
 mod internal_error;
+mod knobs;
 mod loaded;
 mod model_card;
 mod modelfile;
