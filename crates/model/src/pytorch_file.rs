@@ -18,6 +18,9 @@ const DEEPEST: usize = 32;
 /// Opcodes of a pickle that bring an object back that was there before.
 const GETS: [u8; 2] = [b'h', b'j'];
 
+/// The opcode of a whole number of as many bytes as the next one says.
+const LONG1: u8 = 0x8A;
+
 /// What a file holds.
 pub struct PytorchFile {
     /// Where the pickle lies.
@@ -103,11 +106,16 @@ fn unpickle(pickle: &[u8]) -> Result<Vec<(String, Object)>, String> {
     }
 }
 
-/// Refuses a text longer than the file, for which the reader would take memory first.
+/// Refuses lengths that the reader believes: of a text longer than the file, for which it would take memory first, and
+/// of a number longer than its own, of which it would shift some bytes over others.
 fn check_length(pickle: &[u8], at: usize) -> Result<(), String> {
-    let Some([b'X', length @ ..]) = pickle.get(at..at + 5) else { return Ok(()) };
-    let length = length.iter().rev().fold(0, |n, byte| n << 8 | usize::from(*byte));
-    if length > pickle.len() { Err("a text that ends beyond the file".into()) } else { Ok(()) }
+    match pickle.get(at..).unwrap_or_default() {
+        [b'X', a, b, c, d, ..] if u32::from_le_bytes([*a, *b, *c, *d]) as usize > pickle.len() => {
+            Err("a text that ends beyond the file".into())
+        }
+        [LONG1, 9..=255, ..] => Err("a whole number of more than eight bytes".into()),
+        _ => Ok(()),
+    }
 }
 
 fn is_small(object: &Object) -> bool {

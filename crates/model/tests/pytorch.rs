@@ -169,6 +169,10 @@ fn pickles_that_are_no_checkpoint() {
     let deep = [&b"]q\x00"[..], &b"]".repeat(100_000), &b"a".repeat(100_000)].concat();
     assert_tells(&told(&entry(&deep)), &["objects more than 32 deep"]);
     assert_tells(&told(b"\x80\x02X\xff\xff\xff\xff"), &["a text that ends beyond the file"]);
+    let number = |length: u8| [&[0x8A, length][..], &vec![1; length.into()]].concat();
+    assert_tells(&told(&entry(&number(9))), &["a whole number of more than eight bytes"]);
+    assert_tells(&told(&entry(&number(255))), &["a whole number of more than eight bytes"]);
+    assert_tells(&told(&entry(&number(8))), &["model.norm.weight: expected a tensor, found Long("]);
     assert_tells(&told(b"\x80\x02}\xfe."), &["unknown op-code"]);
     told(b"");
     told(b"\x80\x02");
