@@ -53,6 +53,7 @@ pub fn add_low_rank(
     scaling: impl Into<Scaling>,
 ) -> Tensor<2> {
     let scaling = scaling.into();
+    assert_eq!(a.dims()[0], b.dims()[1], "factors of one rank");
     if ![&y, &x, a, b].into_iter().all(has_loops) {
         return plain::add_low_rank(y, x, a, b, scaling);
     }
@@ -150,7 +151,6 @@ impl<B: LowRankLoops> LowRank for B {
         b: FloatTensor<Self>,
         scaling: Scaling,
     ) -> FloatTensor<Self> {
-        assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
         let [x, a, b] = [x, a, b].map(B::contiguous);
         B::forward(y, &x, [&a, &b], scaling).0
     }
@@ -168,7 +168,6 @@ impl<B: LowRankLoops, C: CheckpointStrategy> LowRank for Autodiff<B, C> {
         let operation = Recorded.prepare::<C>(nodes).compute_bound().stateful();
         let y = y.into_primitive();
         let [x, a, b] = [x, a, b].map(|factor| B::contiguous(factor.into_primitive()));
-        assert_eq!(a.shape()[0], b.shape()[1], "factors of one rank");
         let (y, low) = B::forward(y, &x, [&a, &b], scaling);
         match operation {
             OpsKind::Tracked(prep) => prep.finish(Saved { x, a, b, low, scaling }, y),

@@ -137,6 +137,7 @@ mod tests {
 
     /// Bits of numbers side by side, one below the other, and of two layers, are as often alike as coins.
     #[test]
+    #[cfg_attr(miri, ignore = "millions of numbers, and no pointer")]
     fn bits_of_neighbours_have_nothing_in_common() {
         const ROWS: usize = 300;
         const COLUMNS: usize = 257;
@@ -164,6 +165,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "millions of numbers, and no pointer")]
     fn no_two_rows_have_the_same_numbers() {
         let bits = Bits::of(&"a layer");
         let mut firsts: Vec<[u32; 2]> =

@@ -19,6 +19,9 @@ use crate::low_rank::{LowRankLoops, Scaling, add_low_rank};
 /// # Shapes
 /// - x: `[tokens, in]`, result: `[tokens, out]`
 /// - a: `[rank, in]`, b: `[out, rank]`
+///
+/// # Panics
+/// Where the shapes do not fit.
 pub(crate) fn adapted_product(
     x: Tensor<2>,
     w: &FrozenWeight,
@@ -26,6 +29,7 @@ pub(crate) fn adapted_product(
     [a, b]: [&Tensor<2>; 2],
     scaling: Scaling,
 ) -> Tensor<2> {
+    assert_eq!(a.dims()[0], b.dims()[1], "factors of one rank");
     if ![&x, a, b].into_iter().all(has_loops) {
         let y = super::frozen_product(x.clone(), w, Direction::Forward, precision);
         return add_low_rank(y, x, a, b, scaling);
