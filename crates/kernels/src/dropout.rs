@@ -55,7 +55,7 @@ impl Dropout {
     /// - x and result: `[tokens, features]`
     pub fn apply(&self, x: Tensor<2>, name: &str) -> Tensor<2> {
         match self.mask(name) {
-            Some(mask) => dropout(x, mask),
+            Some(mask) => mask.hide(x),
             None => x,
         }
     }
@@ -72,6 +72,17 @@ pub struct Mask {
 }
 
 impl Mask {
+    /// `x` with zeros for what is dropped, the rest scaled.
+    ///
+    /// # Shapes
+    /// - x and result: `[tokens, features]`
+    pub fn hide(self, x: Tensor<2>) -> Tensor<2> {
+        if !has_loops(&x) {
+            return plain::dropout(x, self);
+        }
+        Tensor::from_dispatch(Dispatch::masked(x.into_dispatch(), self))
+    }
+
     /// Masks rows of `width` numbers, the first of them that of `token`.
     pub(crate) fn apply(&self, token: usize, rows: &mut [f32], width: usize) {
         for (i, row) in rows.chunks_exact_mut(width).enumerate() {
@@ -86,14 +97,6 @@ impl Mask {
             *x = if bits.at(feature) < self.least { 0.0 } else { *x * self.scale };
         }
     }
-}
-
-/// `x` with zeros for what `mask` drops, the rest scaled.
-fn dropout(x: Tensor<2>, mask: Mask) -> Tensor<2> {
-    if !has_loops(&x) {
-        return plain::dropout(x, mask);
-    }
-    Tensor::from_dispatch(Dispatch::masked(x.into_dispatch(), mask))
 }
 
 /// The operation, for backends with loops of our own.

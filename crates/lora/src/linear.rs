@@ -95,10 +95,10 @@ impl LoraLinear {
         let norms = || weight_norms(&self.base, self.squares(&x.device()), pair);
         let norms = mode.norms.map_or_else(norms, |known| known.of(&self.name, norms));
         let stretch = magnitude.clone() / norms;
-        let Some(dropout) = mode.dropout.filter(|dropout| dropout.p > 0.0) else {
+        let Some(mask) = scaling(pair, &self.name, mode).mask else {
             return self.add_bias(self.updated(x, pair, mode) * stretch, mode);
         };
-        let kept = dropout.apply(x.clone(), &self.name);
+        let kept = mask.hide(x.clone());
         let of_kept = self.base.product(kept.clone());
         let unchanged = self.base.product(x) - of_kept.clone();
         let changed = add_low_rank(of_kept, kept, &pair.a, &pair.b, pair.scale);

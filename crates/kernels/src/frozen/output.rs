@@ -117,6 +117,12 @@ mod tests {
         assert_eq!(found, (0..5 * WIDTH).map(|i| i as f32).collect::<Vec<_>>());
     }
 
+    #[test]
+    fn an_output_without_numbers_is_one() {
+        let (found, rows) = filled(0, |output| Columns::of(output, WIDTH).rows);
+        assert!(found.is_empty() && rows == 0);
+    }
+
     fn output(rows: usize, width: usize) -> Vec<MaybeUninit<f32>> {
         vec![MaybeUninit::uninit(); rows * width]
     }

@@ -61,6 +61,20 @@ fn mask_of(p: f64) -> Mask {
 }
 
 #[test]
+fn threads_do_not_disturb_each_other() {
+    for (device_name, device) in devices() {
+        let names: Vec<String> = (0..8).map(|i| format!("layer {i}")).collect();
+        let alone: Vec<Vec<f64>> = names.iter().map(|name| mask(0.5, KEY, name, &device)).collect();
+        let together: Vec<Vec<f64>> = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                names.iter().map(|name| scope.spawn(|| mask(0.5, KEY, name, &device))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(alone == together, "{device_name}");
+    }
+}
+
+#[test]
 fn the_gradient_passes_through_the_same_mask() {
     for (device_name, device) in devices() {
         let dropout = Dropout { p: 0.4, key: KEY };
