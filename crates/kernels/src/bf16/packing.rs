@@ -12,7 +12,12 @@ pub(crate) trait RoundedRows {
     /// `[rows, cols]`.
     fn shape(&self) -> [usize; 2];
 
-    /// Numbers `cols` of `row`, which are there. `numbers` is memory for as many floats.
+    /// Numbers `cols` of `row`, which are there, where they lie in memory as they are asked for.
+    fn kept(&self, _row: usize, _cols: Range<usize>) -> Option<&[u16]> {
+        None
+    }
+
+    /// The same numbers, wherever they come from. `numbers` is memory for as many floats.
     fn round_row(
         &self,
         multiplier: &Multiplier,
@@ -25,22 +30,28 @@ pub(crate) trait RoundedRows {
     /// Asks for numbers that will be rounded soon, where there are such and they lie in memory.
     fn ask_for(&self, _row: usize, _cols: Range<usize>) {}
 
-    /// The same as [`Self::round_row`], with zeros behind the row's end and the last row.
-    fn rounded(
-        &self,
+    /// Numbers `cols` of `row`, where they are kept or in `out`, with zeros behind the row's end and the last row.
+    fn rounded<'a>(
+        &'a self,
         multiplier: &Multiplier,
         row: usize,
         cols: Range<usize>,
         numbers: &mut [f32],
-        out: &mut [u16],
-    ) {
+        out: &'a mut [u16],
+    ) -> &'a [u16] {
         let [rows, width] = self.shape();
         let end = if row < rows { cols.end.min(width) } else { cols.start };
+        if end == cols.end
+            && let Some(kept) = self.kept(row, cols.clone())
+        {
+            return kept;
+        }
         let (here, beyond) = out.split_at_mut(end - cols.start);
         beyond.fill(0);
         if !here.is_empty() {
             self.round_row(multiplier, row, cols.start..end, numbers, here);
         }
+        out
     }
 }
 
@@ -51,14 +62,7 @@ pub(crate) fn left_strip<'a>(
     tiles: &mut [u16],
 ) {
     for i in 0..SIDE {
-        let mut numbers = rows.next().unwrap_or_default().chunks(DEPTH);
-        for tile in tiles.as_chunks_mut::<TILE>().0 {
-            let mut rounded = [0; DEPTH];
-            if let Some(numbers) = numbers.next() {
-                multiplier.round(numbers, &mut rounded[..numbers.len()]);
-            }
-            tile.as_chunks_mut().0[i] = rounded;
-        }
+        multiplier.round_row(rows.next().unwrap_or_default(), tiles, i);
     }
 }
 
@@ -74,14 +78,13 @@ pub(crate) fn turned_rows<W: RoundedRows>(
     right: &mut [u16],
 ) {
     let depth = summed.len();
-    let rows = &mut rows[..SIDE * depth];
     for (strip, tiles) in right.chunks_exact_mut(SIDE * depth).enumerate() {
-        for (i, row) in rows.chunks_exact_mut(depth).enumerate() {
-            w.rounded(multiplier, first + strip * SIDE + i, summed.clone(), numbers, row);
-        }
-        for (i, tile) in tiles.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-            multiplier.turn(&rows[i * DEPTH..], depth, tile);
-        }
+        let mut memory = rows.chunks_exact_mut(depth);
+        let rows = std::array::from_fn(|i| {
+            let row = first + strip * SIDE + i;
+            w.rounded(multiplier, row, summed.clone(), numbers, memory.next().unwrap_or_default())
+        });
+        multiplier.turn(&rows, tiles);
     }
 }
 
@@ -100,17 +103,13 @@ pub(crate) fn paired_rows<W: RoundedRows>(
     let width = right.len() / depth;
     let (even, odd) = rows[..2 * width].split_at_mut(width);
     for pair in 0..depth / 2 {
-        let (row, at) = (summed.start + 2 * pair, pair / SIDE * TILE + pair % SIDE * DEPTH);
+        let row = summed.start + 2 * pair;
         // A few lines of each row are read, which no processor foresees.
         w.ask_for(row + ROWS_AHEAD, first..first + width);
         w.ask_for(row + ROWS_AHEAD + 1, first..first + width);
-        w.rounded(multiplier, row, first..first + width, numbers, even);
-        w.rounded(multiplier, row + 1, first..first + width, numbers, odd);
-        let sixteens = even.as_chunks().0.iter().zip(odd.as_chunks().0);
-        for ((even, odd), strip) in sixteens.zip(right.chunks_exact_mut(SIDE * depth)) {
-            if let Some(pairs) = strip[at..].first_chunk_mut() {
-                multiplier.pair(even, odd, pairs);
-            }
-        }
+        let even = w.rounded(multiplier, row, first..first + width, numbers, even);
+        let odd = w.rounded(multiplier, row + 1, first..first + width, numbers, odd);
+        let at = pair / SIDE * TILE + pair % SIDE * DEPTH;
+        multiplier.pair(even, odd, &mut right[at..], SIDE * depth);
     }
 }

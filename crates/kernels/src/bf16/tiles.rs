@@ -87,50 +87,85 @@ impl Multiplier {
     }
 
     /// The nearest bf16 of each of `numbers`, halves to even.
-    #[allow(clippy::unused_self)] // a multiplier is the proof that the instruction is there
-    pub(crate) fn round(&self, numbers: &[f32], out: &mut [u16]) {
-        let (blocks, rest) = numbers.as_chunks::<DEPTH>();
-        let (out_blocks, out_rest) = out.as_chunks_mut::<DEPTH>();
-        for (numbers, out) in blocks.iter().zip(out_blocks) {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: whichever unit was detected, avx512bf16 was.
-            unsafe {
-                avx512::round(numbers, out);
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            unreachable!("no unit is ever detected here: {numbers:?} {out:?}");
-        }
-        for (&x, out) in rest.iter().zip(out_rest) {
-            *out = round(x);
-        }
-    }
-
-    /// A right tile from 16 rows that begin `stride` numbers apart in `rows`: they become its columns.
     ///
     /// # Panics
-    /// Where the last row ends too early.
-    #[allow(clippy::unused_self)] // as above
-    pub(crate) fn turn(&self, rows: &[u16], stride: usize, tile: &mut [u16; TILE]) {
-        assert!(rows.len() >= (SIDE - 1) * stride + DEPTH, "16 rows of 32 numbers");
+    /// Where there are not as many of both.
+    #[allow(clippy::unused_self)] // a multiplier is the proof that the instruction is there
+    pub(crate) fn round(&self, numbers: &[f32], out: &mut [u16]) {
+        assert_eq!(numbers.len(), out.len(), "a number for every number");
+        let (blocks, rest) = numbers.as_chunks();
+        let (out_blocks, out_rest) = out.as_chunks_mut();
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: whichever unit was detected, avx512f was; the rows are there by the assertion.
+        // SAFETY: whichever unit was detected, avx512bf16 was.
         unsafe {
-            avx512::turn(rows.as_ptr(), stride, tile);
+            avx512::round(blocks.iter().zip(out_blocks));
         }
         #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("no unit is ever detected here: {tile:?}");
+        unreachable!("no unit is ever detected here: {blocks:?} {out_blocks:?}");
+        rest.iter().zip(out_rest).for_each(|(&x, out)| *out = round(x));
     }
 
-    /// A row of a right tile: 16 numbers of one row of a matrix, each with the one below it.
+    /// Row `row` of a strip of left tiles: the nearest bf16 of each of `numbers`, and zeros behind them.
+    ///
+    /// # Panics
+    /// Where there are more numbers than the tiles have in a row, or fewer rows.
     #[allow(clippy::unused_self)] // as above
-    pub(crate) fn pair(&self, even: &[u16; SIDE], odd: &[u16; SIDE], pairs: &mut [u16; DEPTH]) {
+    pub(crate) fn round_row(&self, numbers: &[f32], tiles: &mut [u16], row: usize) {
+        let (blocks, rest) = numbers.as_chunks();
+        assert!(row < SIDE && tiles.len() / TILE >= numbers.len().div_ceil(DEPTH), "a row of the tiles");
+        let mut places =
+            tiles.as_chunks_mut::<TILE>().0.iter_mut().map(|tile| &mut tile.as_chunks_mut().0[row]);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        unsafe {
+            avx512::round(blocks.iter().zip(places.by_ref()));
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no unit is ever detected here: {blocks:?}");
+        if !rest.is_empty()
+            && let Some(place) = places.next()
+        {
+            *place = [0; DEPTH];
+            rest.iter().zip(place).for_each(|(&x, out)| *out = round(x));
+        }
+        places.for_each(|place| *place = [0; DEPTH]);
+    }
+
+    /// A strip of right tiles from 16 rows, which become its columns.
+    ///
+    /// # Panics
+    /// Where a row ends before the tiles do.
+    #[allow(clippy::unused_self)] // as above
+    pub(crate) fn turn(&self, rows: &[&[u16]; SIDE], tiles: &mut [u16]) {
+        let tiles = tiles.as_chunks_mut::<TILE>().0;
+        assert!(rows.iter().all(|row| row.len() >= tiles.len() * DEPTH), "rows as long as the tiles");
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: whichever unit was detected, avx512f was; the numbers are there by the assertion.
+        unsafe {
+            avx512::turn(&rows.map(<[u16]>::as_ptr), tiles);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no unit is ever detected here: {tiles:?}");
+    }
+
+    /// A row of a tile in each of some strips of right tiles, which begin `stride` numbers apart: numbers of one row of a
+    /// matrix, each with the one below it.
+    ///
+    /// # Panics
+    /// Where these are not two rows of whole tiles, or the strips end before.
+    #[allow(clippy::unused_self)] // as above
+    pub(crate) fn pair(&self, even: &[u16], odd: &[u16], strips: &mut [u16], stride: usize) {
+        let ((even, rest), (odd, _)) = (even.as_chunks::<SIDE>(), odd.as_chunks::<SIDE>());
+        assert!(even.len() == odd.len() && rest.is_empty(), "as many whole tiles above as below");
+        assert!(strips.len().div_ceil(stride) >= even.len(), "a strip for each");
+        let places = strips.chunks_mut(stride).filter_map(|strip| strip.first_chunk_mut());
         #[cfg(target_arch = "x86_64")]
         // SAFETY: whichever unit was detected, avx512f was.
         unsafe {
-            avx512::pair(even, odd, pairs);
+            avx512::pair(even.iter().zip(odd).zip(places));
         }
         #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("no unit is ever detected here: {even:?} {odd:?} {pairs:?}");
+        unreachable!("no unit is ever detected here: {even:?} {odd:?}");
     }
 
     /// `sums = left * right`, added to what is there unless `fresh`, where `sums` is 32 x 32 in rows
@@ -206,7 +241,6 @@ mod tests {
             (0..tiles * TILE).map(|i| (number(i + seed).to_bits() >> 16) as u16).collect()
         };
         let (left, right) = ([strip(0), strip(1)], [strip(2), strip(3)]);
-        let strips = Strips { left: [&left[0], &left[1]], right: [&right[0], &right[1]] };
         let value = |half: u16| f32::from_bits(u32::from(half) << 16);
         let expected = |i: usize, j: usize| -> f32 {
             let (a, b) = (&left[i / SIDE], &right[j / SIDE]);
@@ -217,6 +251,7 @@ mod tests {
             };
             (0..tiles * DEPTH).map(at).sum()
         };
+        let strips = Strips { left: [&left[0], &left[1]], right: [&right[0], &right[1]] };
         for unit in units {
             let multiplier = Multiplier::new(unit);
             let stride = BLOCK + 3;
@@ -234,19 +269,37 @@ mod tests {
     fn right_tiles_hold_rows_turned_and_rows_paired() {
         let Some(unit) = Bf16Unit::detect() else { return };
         let multiplier = Multiplier::new(unit);
-        let stride = DEPTH + 7;
-        let rows: Vec<u16> = (0..(SIDE * stride) as u16).collect();
-        let mut tile = [0; TILE];
-        multiplier.turn(&rows, stride, &mut tile);
-        for (row, k) in (0..SIDE).flat_map(|row| (0..DEPTH).map(move |k| (row, k))) {
-            assert_eq!(tile[k / 2 * DEPTH + row * 2 + k % 2], rows[row * stride + k], "{row}, {k}");
+        let stride = 2 * DEPTH + 7;
+        let memory: Vec<u16> = (0..(SIDE * stride) as u16).collect();
+        let rows = std::array::from_fn(|i| &memory[i * stride..][..stride]);
+        let mut tiles = [0; 2 * TILE];
+        multiplier.turn(&rows, &mut tiles);
+        for (row, k) in (0..SIDE).flat_map(|row| (0..2 * DEPTH).map(move |k| (row, k))) {
+            let found = tiles[k / DEPTH * TILE + k % DEPTH / 2 * DEPTH + row * 2 + k % 2];
+            assert_eq!(found, rows[row][k], "{row}, {k}");
         }
-        let (even, odd) = (std::array::from_fn(|i| i as u16), std::array::from_fn(|i| 60_000 + i as u16));
-        let mut pairs = [0; DEPTH];
-        multiplier.pair(&even, &odd, &mut pairs);
-        for i in 0..SIDE {
-            assert_eq!(pairs[2 * i..][..2], [even[i], odd[i]]);
+        let even: [_; 2 * SIDE] = std::array::from_fn(|i| i as u16);
+        let odd = even.map(|i| 60_000 + i);
+        let mut strips = [0; 3 * TILE];
+        multiplier.pair(&even, &odd, &mut strips, TILE + 3);
+        for (i, (even, odd)) in even.into_iter().zip(odd).enumerate() {
+            assert_eq!(strips[i / SIDE * (TILE + 3) + i % SIDE * 2..][..2], [even, odd], "{i}");
         }
+        assert_eq!(strips[2 * SIDE..][..SIDE], [0; SIDE]);
+    }
+
+    #[test]
+    fn left_tiles_hold_rows_and_zeros_behind_them() {
+        let Some(unit) = Bf16Unit::detect() else { return };
+        let numbers: Vec<f32> = (1..40_u8).map(f32::from).collect();
+        let mut tiles = [1; 3 * TILE];
+        Multiplier::new(unit).round_row(&numbers, &mut tiles, 5);
+        for (tile, k) in (0..3).flat_map(|tile| (0..DEPTH).map(move |k| (tile, k))) {
+            let expected = numbers.get(tile * DEPTH + k).map_or(0, |x| (x.to_bits() >> 16) as u16);
+            assert_eq!(tiles[tile * TILE + 5 * DEPTH + k], expected, "{tile}, {k}");
+        }
+        let others = tiles.iter().filter(|&&x| x == 1).count();
+        assert_eq!(others, 3 * (TILE - DEPTH), "other rows stay as they are");
     }
 
     #[test]

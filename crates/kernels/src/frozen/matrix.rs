@@ -225,9 +225,10 @@ impl FrozenMatrix {
         Self { format: Format::Bf16, shape: self.shape, values, interleaved: None }
     }
 
-    /// The bytes of columns `cols` of `row`, where the matrix holds bf16.
-    pub(super) fn bf16(&self, row: usize, cols: Range<usize>) -> Option<&[[u8; 2]]> {
-        (self.format == Format::Bf16).then(|| self.stored(row, cols).as_chunks().0)
+    /// Columns `cols` of `row`, where the matrix holds bf16 that can be read where it lies.
+    pub(super) fn bf16(&self, row: usize, cols: Range<usize>) -> Option<&[u16]> {
+        let readable = self.format == Format::Bf16 && cfg!(target_endian = "little");
+        readable.then(|| bytemuck::try_cast_slice(self.stored(row, cols)).ok()).flatten()
     }
 
     /// Where the numbers or codes of columns `cols` of `row` lie, as far as there are such.

@@ -38,13 +38,12 @@ impl Precision {
 
 /// Activation rows at a time: what a thread sums up stays in its own cache.
 const TOKENS: usize = 1024;
-/// Rows of the matrix that one task of `forward` multiplies at least, and at most.
+/// Rows of the matrix that one task of few tokens multiplies.
 const ROWS: usize = BLOCK;
-const MOST_ROWS: usize = 4 * ROWS;
-/// Columns of the matrix that one task of `backward` multiplies at most. A multiple of every format's block.
+/// About how many columns of the output a task computes, where that leaves work for every core: of fewer, reading the
+/// activations takes longer than multiplying them; of more, what is summed up does not stay in a core's second cache.
+/// A multiple of every format's block.
 const COLUMNS: usize = 256;
-/// Tasks that a core has at least, so that one that is slow does not keep the others waiting.
-const TASKS_A_CORE: usize = 3;
 /// Up to here a product is a few dot products a row, and packing would cost more than it saves.
 const FEW_TOKENS: usize = 4;
 
@@ -148,11 +147,10 @@ fn dot_products(w: &FrozenMatrix, x: &[f32], y: Columns) {
 
 /// A tile of rows is dequantized, then `y[:, tile] = x W[tile]^T`.
 fn forward_f32(w: &FrozenMatrix, x: &[f32], y: Columns) {
-    const TASK: usize = 8 * ROWS;
     let [rows, cols] = w.shape();
     let tokens = x.len() / cols;
-    (0..rows.div_ceil(TASK)).into_par_iter().for_each(|task| {
-        let here = task * TASK..rows.min((task + 1) * TASK);
+    (0..rows.div_ceil(COLUMNS)).into_par_iter().for_each(|task| {
+        let here = task * COLUMNS..rows.min((task + 1) * COLUMNS);
         Scratch::with(0, 0, here.len() * cols, |scratch| {
             let tile = &mut scratch.numbers[..here.len() * cols];
             for (row, numbers) in here.clone().zip(tile.chunks_exact_mut(cols)) {
@@ -239,15 +237,14 @@ unsafe fn product_f32(
     }
 }
 
-/// How many columns of the output a task computes: many, so that the activations are read less often and a row of
-/// the matrix not a line at a time; and so few that there is work for every core to the end.
+/// How many columns of the output a task computes: as many tasks for every core, each of about [`COLUMNS`].
 pub(super) fn columns_a_task(w: &FrozenMatrix, direction: Direction) -> usize {
-    let [rows, cols] = w.shape();
-    let (width, step, most) = match direction {
-        Direction::Forward => (rows, ROWS, MOST_ROWS),
-        Direction::Backward => (cols, w.column_step().max(BLOCK), COLUMNS),
+    let [_, width] = w.widths(direction);
+    let step = match direction {
+        Direction::Forward => BLOCK,
+        Direction::Backward => w.column_step().max(BLOCK),
     };
-    let tasks = width.div_ceil(most).next_multiple_of(TASKS_A_CORE * rayon::current_num_threads());
+    let tasks = (width / COLUMNS).max(1).next_multiple_of(rayon::current_num_threads());
     width.div_ceil(tasks).next_multiple_of(step)
 }
 

@@ -48,7 +48,8 @@ pub(super) fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Uni
                 let blocks = (0..left.strips / 2).flat_map(|block| (0..sides).map(move |side| (block, side)));
                 for ((block, side), sums) in blocks.zip(sums.as_chunks_mut().0) {
                     let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
-                    let strips = Strips { left, right: [right(2 * side), right(2 * side + 1)] };
+                    let right = [right(2 * side), right(2 * side + 1)];
+                    let strips = Strips { left, right };
                     let tokens = block * BLOCK..tokens.min((block + 1) * BLOCK);
                     let columns = here.start + side * BLOCK..here.end.min(here.start + (side + 1) * BLOCK);
                     // SAFETY: these columns of the output are this task's alone.
@@ -184,7 +185,10 @@ impl RoundedRows for FrozenMatrix {
         self.shape()
     }
 
-    /// As they are where the matrix holds bf16, otherwise dequantized first.
+    fn kept(&self, row: usize, cols: Range<usize>) -> Option<&[u16]> {
+        self.bf16(row, cols)
+    }
+
     fn round_row(
         &self,
         multiplier: &Multiplier,
@@ -193,15 +197,9 @@ impl RoundedRows for FrozenMatrix {
         numbers: &mut [f32],
         out: &mut [u16],
     ) {
-        if let Some(halves) = self.bf16(row, cols.clone()) {
-            for (out, half) in out.iter_mut().zip(halves) {
-                *out = u16::from_le_bytes(*half);
-            }
-        } else {
-            let numbers = &mut numbers[..out.len()];
-            self.dequantize(row, cols, numbers);
-            multiplier.round(numbers, out);
-        }
+        let numbers = &mut numbers[..out.len()];
+        self.dequantize(row, cols, numbers);
+        multiplier.round(numbers, out);
     }
 
     fn ask_for(&self, row: usize, cols: Range<usize>) {
