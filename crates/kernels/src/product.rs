@@ -7,6 +7,7 @@ use crate::bf16::{
     BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, left_strip, paired_rows, turned_rows,
 };
 use crate::frozen::Precision;
+use crate::frozen::wide::widest;
 
 /// A matrix of numbers that lie `strides` apart, between rows and between columns.
 #[derive(Clone, Copy)]
@@ -204,11 +205,14 @@ impl<'a> RightFactor<'a> {
                     } else {
                         let edge = &mut packs.edge;
                         multiplier.multiply_block(strips, true, edge, BLOCK);
-                        for (sums, edge) in sums.chunks_mut(stride).zip(edge.chunks_exact(BLOCK)).take(rows) {
-                            for (sum, x) in sums.iter_mut().zip(&edge[..cols]) {
-                                *sum = if add { *sum + x } else { *x };
+                        let rows = sums.chunks_mut(stride).zip(edge.chunks_exact(BLOCK)).take(rows);
+                        widest!(|| {
+                            for (sums, edge) in rows {
+                                for (sum, x) in sums.iter_mut().zip(&edge[..cols]) {
+                                    *sum = if add { *sum + x } else { *x };
+                                }
                             }
-                        }
+                        });
                     }
                 }
             }

@@ -4,6 +4,8 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
+use crate::frozen::wide::widest;
+
 /// Numbers that an operation replaces by as many others: in their own memory if nobody else needs
 /// them any more, otherwise in new memory. Pages that a process touches for the first time cost
 /// more than most of the arithmetic here, and what one thread fills with zeros another has to fetch.
@@ -28,10 +30,14 @@ impl<'a> Rewritten<'a> {
         const PIECE: usize = 1 << 14;
         assert!(others.iter().all(|other| other.len() <= self.len()), "no more summands than sums");
         self.pieces(PIECE).enumerate().for_each(|(i, sums)| {
-            for other in others {
-                let other = other.get(i * PIECE..).unwrap_or_default();
-                sums.iter_mut().zip(other).for_each(|(sum, x)| *sum += x);
-            }
+            widest!(|| {
+                for other in others {
+                    let other = other.get(i * PIECE..).unwrap_or_default();
+                    for (sum, x) in sums.iter_mut().zip(other) {
+                        *sum += x;
+                    }
+                }
+            });
         });
     }
 

@@ -180,15 +180,21 @@ impl<'a> Task<'a> {
             self.score(tile_q, &keys, tile.keys.clone(), scores, caps);
             sums.clear();
             let rows = self.rows(&tile, scores);
-            widest!(|| sums.extend(rows.map(|(row, sees)| exponentials(row, sees))));
+            widest!(|| {
+                for (row, sees) in rows {
+                    sums.push(exponentials(row, sees));
+                }
+            });
             let products = resized(products, tile_q.len());
             let weights = Matrix::rows(scores, tile.keys.len());
             values.multiply(weights, tile.keys.clone(), 0..dim, MatrixMut::rows(products, dim), false);
-            for (row, (_, sum)) in products.chunks_exact_mut(dim).zip(&*sums) {
-                for x in row {
-                    *x /= sum;
+            widest!(|| {
+                for (row, (_, sum)) in products.chunks_exact_mut(dim).zip(&*sums) {
+                    for x in row {
+                        *x /= sum;
+                    }
                 }
-            }
+            });
             q.store(tile.queries.clone(), products);
             tops.clear();
             tops.extend(sums.iter().map(|(top, sum)| top + sum.ln()));
@@ -224,7 +230,11 @@ impl<'a> Task<'a> {
             let dy = Matrix::rows(tile_dy, dim);
             self.score(tile_q, &factors.keys_turned, seen.clone(), scores, caps);
             let rows = self.rows(&tile, scores).zip(&*tops);
-            widest!(|| rows.for_each(|((row, sees), top)| _ = exponentials_below(row, sees, *top)));
+            widest!(|| {
+                for ((row, sees), top) in rows {
+                    exponentials_below(row, sees, *top);
+                }
+            });
             let width = tile.keys.len();
             let of_tile = |gradient| MatrixMut::new(gradient, [dim, width], all);
             let dv = of_tile(&mut dv[tile.keys.start..]);
@@ -232,7 +242,11 @@ impl<'a> Task<'a> {
             let slopes = resized(slopes, scores.len());
             factors.values_turned.multiply(dy, 0..dim, seen.clone(), MatrixMut::rows(slopes, width), false);
             let rows = scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width));
-            widest!(|| rows.for_each(|(weights, slopes)| pull_back(weights, slopes)));
+            widest!(|| {
+                for (weights, slopes) in rows {
+                    pull_back(weights, slopes);
+                }
+            });
             for (slope, cap) in slopes.iter_mut().zip(&*caps) {
                 *slope *= cap;
             }

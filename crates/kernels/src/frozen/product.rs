@@ -18,6 +18,7 @@ use crate::bf16::{BLOCK, Bf16Unit};
 use crate::direction::Direction;
 use crate::dot::dot;
 use crate::host::filled;
+use crate::threads::stay_awake;
 
 /// What the factors of a product are rounded to. Sums are float32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -98,6 +99,7 @@ impl FrozenMatrix {
         let [summed, width] = self.widths(direction);
         assert!(x.len().is_multiple_of(summed), "whole rows of {summed}");
         assert_eq!(out.len() / width, x.len() / summed, "as many rows of results");
+        stay_awake();
         for (x, out) in x.chunks(TOKENS * summed).zip(out.chunks_mut(TOKENS * width)) {
             let out = Columns::of(out, width);
             match (direction, precision, Bf16Unit::detect()) {

@@ -13,7 +13,13 @@ const TASK: usize = 16;
 pub fn forward(x: Rewritten, weight: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
     let rows = |rows: &mut [f32]| -> Vec<f32> {
-        widest!(|| rows.chunks_exact_mut(width).map(|row| normalize(row, weight, eps)).collect())
+        let mut scales = Vec::with_capacity(TASK);
+        widest!(|| {
+            for row in rows.chunks_exact_mut(width) {
+                scales.push(normalize(row, weight, eps));
+            }
+        });
+        scales
     };
     let scales: Vec<Vec<f32>> = x.pieces(TASK * width).map(rows).collect();
     scales.concat()
@@ -41,7 +47,9 @@ pub fn backward(dy: Rewritten, x: &[f32], weight: &[f32], scales: &[f32]) {
     dy.pieces(TASK * width).zip(inputs).for_each(|(dy, (x, scales))| {
         widest!(|| {
             let rows = dy.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(scales);
-            rows.for_each(|((dy, x), scale)| pull_back(dy, x, weight, *scale));
+            for ((dy, x), scale) in rows {
+                pull_back(dy, x, weight, *scale);
+            }
         });
     });
 }
