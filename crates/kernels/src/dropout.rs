@@ -85,16 +85,21 @@ impl Mask {
 
     /// Masks rows of `width` numbers, the first of them that of `token`.
     pub(crate) fn apply(&self, token: usize, rows: &mut [f32], width: usize) {
+        self.apply_to_features(token, 0, rows, width);
+    }
+
+    /// The same for rows of some features, from `feature` on.
+    pub(crate) fn apply_to_features(&self, token: usize, feature: usize, rows: &mut [f32], width: usize) {
         for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-            widest!(|| self.apply_to_row(token + i, row));
+            widest!(|| self.apply_to_row(token + i, feature, row));
         }
     }
 
     #[inline(always)]
-    fn apply_to_row(&self, token: usize, row: &mut [f32]) {
+    fn apply_to_row(&self, token: usize, feature: usize, row: &mut [f32]) {
         let bits = self.bits.row(token);
-        for (feature, x) in row.iter_mut().enumerate() {
-            *x = if bits.at(feature) < self.least { 0.0 } else { *x * self.scale };
+        for (i, x) in row.iter_mut().enumerate() {
+            *x = if bits.at(feature + i) < self.least { 0.0 } else { *x * self.scale };
         }
     }
 }

@@ -3,8 +3,9 @@
 
 #[cfg(feature = "cube")]
 mod card;
-mod pair;
 mod thin;
+mod thin_pair;
+mod wide_pair;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -15,7 +16,8 @@ use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extensi
 use burn::tensor::{Tensor, TensorData};
 use tracing::trace_span;
 
-use self::pair::Pair;
+use self::thin_pair::ThinPair;
+use self::wide_pair::WidePair;
 use crate::dropout::Mask;
 use crate::host::{Host, Loops, has_loops};
 use crate::plain;
@@ -139,8 +141,46 @@ impl<B: Host> LowRankLoops for B {
     }
 }
 
-fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scaling: Scaling) -> Pair {
-    Pair::new(B::numbers(a), B::numbers(b), a.shape()[0], scaling)
+/// Ranks up to which the products with an adapter's factors are not those of matrices.
+const THIN: usize = 16;
+
+/// The two factors of an adapter, on the host.
+enum Pair<'a> {
+    Thin(ThinPair),
+    Wide(WidePair<'a>),
+}
+
+fn pair<'a, B: Host>([a, b]: [&'a FloatTensor<B>; 2], scaling: Scaling) -> Pair<'a> {
+    let rank = a.shape()[0];
+    let [a, b] = [a, b].map(B::numbers);
+    if rank <= THIN {
+        Pair::Thin(ThinPair::new(a, b, rank, scaling))
+    } else {
+        Pair::Wide(WidePair::new(a, b, rank, scaling))
+    }
+}
+
+impl Pair<'_> {
+    /// `y += low B^T` with `low = scale * dropout(x) A^T`, which it returns, `[tokens, rank]` or with zeros behind each
+    /// token's.
+    ///
+    /// # Panics
+    /// Where the numbers of `x` and `y` are not as many rows.
+    fn add(&self, y: Rewritten, x: &[f32]) -> Vec<f32> {
+        match self {
+            Self::Thin(pair) => pair.add(y, x),
+            Self::Wide(pair) => pair.add(y, x),
+        }
+    }
+
+    /// The gradients at A and B for `dy`, `[rank, in]` and `[out, rank]`, from the `low` of [`Self::add`]; that at `x` is
+    /// added to `dx` where it is wanted.
+    fn pull_back(&self, dy: &[f32], x: &[f32], low: &[f32], dx: Option<Rewritten>) -> [Vec<f32>; 2] {
+        match self {
+            Self::Thin(pair) => pair.pull_back(dy, x, low, dx),
+            Self::Wide(pair) => pair.pull_back(dy, x, low, dx),
+        }
+    }
 }
 
 impl<B: LowRankLoops> LowRank for B {

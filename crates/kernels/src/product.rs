@@ -45,6 +45,16 @@ impl<'a> Matrix<'a> {
         &self.values[i * self.strides[0]..][..self.shape[1]]
     }
 
+    /// `[rows, cols]`.
+    pub fn shape(self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// Its numbers, row by row, where those of a row lie side by side.
+    pub fn to_vec(self) -> Vec<f32> {
+        (0..self.shape[0]).flat_map(|i| self.row(i)).copied().collect()
+    }
+
     /// The same numbers, rows for columns.
     #[must_use]
     pub fn transposed(self) -> Self {
@@ -220,7 +230,8 @@ impl<'a> RightFactor<'a> {
     }
 }
 
-/// Memory that both factors of a product are packed in, kept by each thread.
+/// Memory that both factors of a product are packed in, kept by each thread. It only grows: what is shrunk is filled with
+/// zeros when it grows again.
 struct Packs {
     left: Vec<u16>,
     right: Vec<u16>,
@@ -247,19 +258,20 @@ impl Packs {
 
     fn fill_left(&mut self, multiplier: &Multiplier, a: Matrix, depth: usize) {
         let [m, k] = a.shape;
-        self.left.resize(m.next_multiple_of(BLOCK) * depth, 0);
+        let needed = m.next_multiple_of(BLOCK) * depth;
+        self.left.resize(self.left.len().max(needed), 0);
         let rows = if a.strides[1] == 1 {
             a
         } else {
             // The tiles want whole rows.
-            self.numbers.resize(m * k, 0.0);
-            for (i, row) in self.numbers.chunks_exact_mut(k).enumerate() {
+            self.numbers.resize(self.numbers.len().max(m * k), 0.0);
+            for (i, row) in self.numbers[..m * k].chunks_exact_mut(k).enumerate() {
                 let column = a.values[i * a.strides[0]..].iter().step_by(a.strides[1]);
                 row.iter_mut().zip(column).for_each(|(x, y)| *x = *y);
             }
-            Matrix::rows(&self.numbers, k)
+            Matrix::rows(&self.numbers[..m * k], k)
         };
-        for (strip, tiles) in self.left.chunks_exact_mut(SIDE * depth).enumerate() {
+        for (strip, tiles) in self.left[..needed].chunks_exact_mut(SIDE * depth).enumerate() {
             let first = strip * SIDE;
             left_strip(multiplier, (first..m.min(first + SIDE)).map(|row| rows.row(row)), tiles);
         }
@@ -267,13 +279,14 @@ impl Packs {
 
     fn fill_right(&mut self, multiplier: &Multiplier, b: Matrix, right: &mut Vec<u16>) {
         let (depth, width) = (b.shape[0].next_multiple_of(DEPTH), b.shape[1].next_multiple_of(BLOCK));
-        right.resize(width * depth, 0);
-        let rows = &mut self.rows;
+        let (needed, rows) = (width * depth, &mut self.rows);
+        right.resize(right.len().max(needed), 0);
+        let right = &mut right[..needed];
         if b.strides[1] == 1 {
-            rows.resize(2 * width, 0);
+            rows.resize(rows.len().max(2 * width), 0);
             paired_rows(&b, multiplier, 0, 0..depth, &mut [], rows, right);
         } else {
-            rows.resize(SIDE * depth, 0);
+            rows.resize(rows.len().max(SIDE * depth), 0);
             turned_rows(&b.transposed(), multiplier, 0, 0..depth, &mut [], rows, right);
         }
     }

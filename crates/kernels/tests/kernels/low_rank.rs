@@ -42,6 +42,8 @@ fn odd_sizes_and_more_than_one_task() {
         [5, 64, 36, 16],
         [3, 35, 70, 11],
         [5, 9, 40, 30],
+        [65, 130, 3, 17],
+        [2, 3, 130, 17],
     ];
     for [tokens, inputs, outputs, rank] in sizes {
         let inputs_of_all = [

@@ -1,4 +1,5 @@
-//! The products of an adapter's two factors, a few tokens at a time: all that is read of them is read once.
+//! The products of an adapter's two factors where their rank is small, a few tokens at a time: all that is read of them is
+//! read once.
 
 use std::borrow::Cow;
 
@@ -8,33 +9,31 @@ use super::Scaling;
 use super::thin::{self, ROWS};
 use crate::dropout::Mask;
 use crate::frozen::wide::widest;
-use crate::product::{Matrix, MatrixMut, multiply_f32, turned};
+use crate::product::turned;
 use crate::rewritten::{Rewritten, total};
 
 /// Tokens of one task.
 const TOKENS: usize = 32;
-/// Ranks up to which the products are [`thin`].
-const THIN: usize = 16;
 /// Parts of the tokens that factors' gradients are summed in, each in memory of its own.
 const PARTS: usize = 16;
 
-/// The two factors of an adapter, with rows of zeros behind those of a small rank.
-pub struct Pair {
+/// The two factors of an adapter, with rows of zeros behind theirs.
+pub struct ThinPair {
     /// `[rows, in]`
     a: Vec<f32>,
     /// B turned, `[rows, out]`.
     b: Vec<f32>,
     rank: usize,
-    /// The rank, or as many rows as [`thin`] wants.
+    /// As many rows as [`thin`] wants.
     rows: usize,
     scale: f32,
     mask: Option<Mask>,
 }
 
-impl Pair {
+impl ThinPair {
     /// `a` is `[rank, in]`, `b` is `[out, rank]`.
     pub fn new(a: &[f32], b: &[f32], rank: usize, scaling: Scaling) -> Self {
-        let rows = if rank <= THIN { rank.next_multiple_of(ROWS) } else { rank };
+        let rows = rank.next_multiple_of(ROWS);
         let (inputs, outputs) = (a.len() / rank, b.len() / rank);
         let (mut a, mut b) = (a.to_vec(), turned(b, rank));
         a.resize(rows * inputs, 0.0);
@@ -127,39 +126,27 @@ impl Pair {
 
     /// `low = scale * x rows^T`.
     fn dots(&self, x: &[f32], rows: &[f32], low: &mut [f32]) {
-        let width = rows.len() / self.rows;
-        if self.rank <= THIN {
-            let tokens = x.chunks_exact(width).zip(low.chunks_exact_mut(self.rows));
-            widest!(|| tokens.for_each(|(x, low)| thin::dots(x, rows, self.scale, low)));
-        } else {
-            let (x, rows) = (Matrix::rows(x, width), Matrix::rows(rows, width).transposed());
-            multiply_f32(x, rows, MatrixMut::rows(low, self.rows), false);
-            for x in low {
-                *x *= self.scale;
+        let tokens = x.chunks_exact(rows.len() / self.rows).zip(low.chunks_exact_mut(self.rows));
+        widest!(|| {
+            for (x, low) in tokens {
+                thin::dots(x, rows, self.scale, low);
             }
-        }
+        });
     }
 
     /// `y += low rows`.
     fn add_rows(&self, low: &[f32], rows: &[f32], y: &mut [f32]) {
-        let width = rows.len() / self.rows;
-        if self.rank <= THIN {
-            let tokens = low.chunks_exact(self.rows).zip(y.chunks_exact_mut(width));
-            widest!(|| tokens.for_each(|(low, y)| thin::add_rows(low, rows, y)));
-        } else {
-            let (low, rows) = (Matrix::rows(low, self.rows), Matrix::rows(rows, width));
-            multiply_f32(low, rows, MatrixMut::rows(y, width), true);
-        }
+        let tokens = low.chunks_exact(self.rows).zip(y.chunks_exact_mut(rows.len() / self.rows));
+        widest!(|| {
+            for (low, y) in tokens {
+                thin::add_rows(low, rows, y);
+            }
+        });
     }
 
     /// `rows += low^T x`.
     fn add_outer(&self, low: &[f32], x: &[f32], rows: &mut [f32]) {
         let width = rows.len() / self.rows;
-        if self.rank <= THIN {
-            widest!(|| thin::add_outer(low, x, width, rows));
-        } else {
-            let (low, x) = (Matrix::rows(low, self.rows).transposed(), Matrix::rows(x, width));
-            multiply_f32(low, x, MatrixMut::rows(rows, width), true);
-        }
+        widest!(|| thin::add_outer(low, x, width, rows));
     }
 }
