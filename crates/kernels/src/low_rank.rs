@@ -150,7 +150,7 @@ enum Pair<'a> {
     Wide(WidePair<'a>),
 }
 
-fn pair<'a, B: Host>([a, b]: [&'a FloatTensor<B>; 2], scaling: Scaling) -> Pair<'a> {
+fn pair<B: Host>([a, b]: [&FloatTensor<B>; 2], scaling: Scaling) -> Pair<'_> {
     let rank = a.shape()[0];
     let [a, b] = [a, b].map(B::numbers);
     if rank <= THIN {
