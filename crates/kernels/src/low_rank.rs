@@ -3,6 +3,7 @@
 
 #[cfg(feature = "cube")]
 mod card;
+mod seen;
 mod thin;
 mod thin_pair;
 mod wide_pair;

@@ -1,13 +1,11 @@
 //! The products of an adapter's two factors where their rank is small, a few tokens at a time: all that is read of them is
 //! read once.
 
-use std::borrow::Cow;
-
 use rayon::prelude::*;
 
 use super::Scaling;
+use super::seen::Seen;
 use super::thin::{self, ROWS};
-use crate::dropout::Mask;
 use crate::frozen::wide::widest;
 use crate::product::turned;
 use crate::rewritten::{Rewritten, total};
@@ -27,7 +25,7 @@ pub struct ThinPair {
     /// As many rows as [`thin`] wants.
     rows: usize,
     scale: f32,
-    mask: Option<Mask>,
+    seen: Seen,
 }
 
 impl ThinPair {
@@ -38,42 +36,36 @@ impl ThinPair {
         let (mut a, mut b) = (a.to_vec(), turned(b, rank));
         a.resize(rows * inputs, 0.0);
         b.resize(rows * outputs, 0.0);
-        Self { a, b, rank, rows, scale: scaling.scale as f32, mask: scaling.mask }
+        let seen = Seen { mask: scaling.mask, width: inputs };
+        Self { a, b, rank, rows, scale: scaling.scale as f32, seen }
     }
 
     fn inputs(&self) -> usize {
-        self.a.len() / self.rows
+        self.seen.width
     }
 
     fn outputs(&self) -> usize {
         self.b.len() / self.rows
     }
 
-    /// `y += low B^T` with `low = scale * dropout(x) A^T`, which it returns, `[tokens, rows]`.
-    ///
-    /// # Panics
-    /// Where the numbers of `x` and `y` are not as many rows.
+    /// See [`super::Pair::add`]: `low` is `[tokens, rows]`.
     pub fn add(&self, y: Rewritten, x: &[f32]) -> Vec<f32> {
         let (inputs, outputs) = (self.inputs(), self.outputs());
         assert_eq!(x.len() / inputs, y.len() / outputs, "as many rows of input as of output");
         let mut low = vec![0.0; x.len() / inputs * self.rows];
         let tasks = x.par_chunks(TOKENS * inputs).zip(low.par_chunks_mut(TOKENS * self.rows));
         y.pieces(TOKENS * outputs).zip(tasks).enumerate().for_each(|(i, (y, (x, low)))| {
-            self.dots(&self.seen(i * TOKENS, x), &self.a, low);
+            self.dots(&self.seen.of(i * TOKENS, x), &self.a, low);
             self.add_rows(low, &self.b, y);
         });
         low
     }
 
-    /// The gradients at A and B for `dy`, `[rank, in]` and `[out, rank]`, from the `low` of [`Self::add`]; that at `x` is
-    /// added to `dx` where it is wanted.
+    /// See [`super::Pair::pull_back`].
     pub fn pull_back(&self, dy: &[f32], x: &[f32], low: &[f32], dx: Option<Rewritten>) -> [Vec<f32>; 2] {
         let tokens = (low.len() / self.rows).div_ceil(PARTS).max(TOKENS);
         let [inputs, outputs] = [self.inputs(), self.outputs()].map(|width| tokens * width);
-        let dx: Vec<Option<&mut [f32]>> = match dx {
-            Some(dx) => dx.pieces(inputs).map(Some).collect(),
-            None => x.chunks(inputs).map(|_| None).collect(),
-        };
+        let dx = self.seen.gradients(dx, x, tokens);
         let tasks = dy.par_chunks(outputs).zip(x.par_chunks(inputs)).zip(low.par_chunks(tokens * self.rows));
         let parts = tasks.zip(dx).enumerate();
         let parts = parts.map(|(i, (((dy, x), low), dx))| self.pull_back_part(i * tokens, [dy, x, low], dx));
@@ -99,29 +91,13 @@ impl ThinPair {
             let (dlow, token) = (&mut dlow[..low.len()], first + i * TOKENS);
             self.dots(dy, &self.b, dlow);
             if let Some(dx) = &mut dx {
-                self.add_to_seen(dlow, token, &mut dx[i * TOKENS * inputs..][..x.len()]);
+                let dx = &mut dx[i * TOKENS * inputs..][..x.len()];
+                self.seen.add_to(dx, token, |dx| self.add_rows(dlow, &self.a, dx));
             }
-            self.add_outer(dlow, &self.seen(token, x), &mut a);
+            self.add_outer(dlow, &self.seen.of(token, x), &mut a);
             self.add_outer(low, dy, &mut b);
         }
         (a, b)
-    }
-
-    /// What A sees of the `x` of some tokens, the first of them `token`.
-    fn seen<'x>(&self, token: usize, x: &'x [f32]) -> Cow<'x, [f32]> {
-        let Some(mask) = self.mask else { return x.into() };
-        let mut x = x.to_vec();
-        mask.apply(token, &mut x, self.inputs());
-        x.into()
-    }
-
-    /// `dx += dlow A` where A sees `x`.
-    fn add_to_seen(&self, dlow: &[f32], token: usize, dx: &mut [f32]) {
-        let Some(mask) = self.mask else { return self.add_rows(dlow, &self.a, dx) };
-        let mut at_seen = vec![0.0; dx.len()];
-        self.add_rows(dlow, &self.a, &mut at_seen);
-        mask.apply(token, &mut at_seen, self.inputs());
-        dx.iter_mut().zip(at_seen).for_each(|(dx, x)| *dx += x);
     }
 
     /// `low = scale * x rows^T`.

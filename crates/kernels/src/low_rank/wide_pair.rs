@@ -1,11 +1,10 @@
 //! The products of an adapter's two factors where their rank is large, as products of matrices: a task has some tokens, or
 //! for what is summed over all of them some features.
 
-use std::borrow::Cow;
-
 use rayon::prelude::*;
 
 use super::Scaling;
+use super::seen::Seen;
 use crate::dropout::Mask;
 use crate::product::{Matrix, MatrixMut, multiply_f32, turned};
 use crate::rewritten::Rewritten;
@@ -23,18 +22,19 @@ pub struct WidePair<'a> {
     b: Matrix<'a>,
     rank: usize,
     scale: f32,
-    mask: Option<Mask>,
+    seen: Seen,
 }
 
 impl<'a> WidePair<'a> {
     /// `a` is `[rank, in]`, `b` is `[out, rank]`.
     pub fn new(a: &'a [f32], b: &'a [f32], rank: usize, scaling: Scaling) -> Self {
         let (a, b) = (Matrix::rows(a, a.len() / rank), Matrix::rows(b, rank));
-        Self { a, b, rank, scale: scaling.scale as f32, mask: scaling.mask }
+        let seen = Seen { mask: scaling.mask, width: a.shape()[1] };
+        Self { a, b, rank, scale: scaling.scale as f32, seen }
     }
 
     fn inputs(&self) -> usize {
-        self.a.shape()[1]
+        self.seen.width
     }
 
     fn outputs(&self) -> usize {
@@ -48,11 +48,7 @@ impl<'a> WidePair<'a> {
         let mut low = vec![0.0; x.len() / inputs * self.rank];
         let tasks = x.par_chunks(TOKENS * inputs).zip(low.par_chunks_mut(TOKENS * self.rank));
         y.pieces(TOKENS * outputs).zip(tasks).enumerate().for_each(|(i, (y, (x, low)))| {
-            let mut x = Cow::Borrowed(x);
-            if let Some(mask) = self.mask {
-                mask.apply(i * TOKENS, x.to_mut(), inputs);
-            }
-            self.dots(&x, self.a.transposed(), low);
+            self.dots(&self.seen.of(i * TOKENS, x), self.a.transposed(), low);
             self.add_rows(low, self.b.transposed(), y);
         });
         low
@@ -61,19 +57,16 @@ impl<'a> WidePair<'a> {
     /// See [`super::Pair::pull_back`].
     pub fn pull_back(&self, dy: &[f32], x: &[f32], low: &[f32], dx: Option<Rewritten>) -> [Vec<f32>; 2] {
         let (inputs, outputs) = (self.inputs(), self.outputs());
-        let dx: Vec<Option<&mut [f32]>> = match dx {
-            Some(dx) => dx.pieces(TOKENS * inputs).map(Some).collect(),
-            None => x.chunks(TOKENS * inputs).map(|_| None).collect(),
-        };
+        let dx = self.seen.gradients(dx, x, TOKENS);
         let mut dlow = vec![0.0; low.len()];
         let tasks = dy.par_chunks(TOKENS * outputs).zip(dlow.par_chunks_mut(TOKENS * self.rank)).zip(dx);
         tasks.enumerate().for_each(|(i, ((dy, dlow), dx))| {
             self.dots(dy, self.b, dlow);
             if let Some(dx) = dx {
-                self.add_to_seen(dlow, i * TOKENS, dx);
+                self.seen.add_to(dx, i * TOKENS, |dx| self.add_rows(dlow, self.a, dx));
             }
         });
-        let of_a = self.sums_over_tokens(&dlow, x, inputs, self.mask);
+        let of_a = self.sums_over_tokens(&dlow, x, inputs, self.seen.mask);
         let mut a = Vec::with_capacity(self.rank * inputs);
         for row in 0..self.rank {
             for part in &of_a {
@@ -99,15 +92,6 @@ impl<'a> WidePair<'a> {
     fn add_rows(&self, low: &[f32], factor: Matrix, y: &mut [f32]) {
         let out = MatrixMut::rows(y, factor.shape()[1]);
         multiply_f32(Matrix::rows(low, self.rank), factor, out, true);
-    }
-
-    /// `dx += dlow A` where A sees `x`.
-    fn add_to_seen(&self, dlow: &[f32], token: usize, dx: &mut [f32]) {
-        let Some(mask) = self.mask else { return self.add_rows(dlow, self.a, dx) };
-        let mut at_seen = vec![0.0; dx.len()];
-        self.add_rows(dlow, self.a, &mut at_seen);
-        mask.apply(token, &mut at_seen, self.inputs());
-        dx.iter_mut().zip(at_seen).for_each(|(dx, x)| *dx += x);
     }
 
     /// `low^T x` of what the mask leaves of `x`, `[tokens, width]`, in parts of a few features, `[rank, features]` each.
