@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::frozen::wide::widest;
 use crate::host::{Host, lends};
+use crate::plain;
 use crate::rewritten::Rewritten;
 
 /// `AdamW` (Loshchilov and Hutter 2019, <https://arxiv.org/abs/1711.05101>), in the order of
@@ -59,7 +60,7 @@ impl AdamW {
         let factors = Factors::new(self, learning_rate, step);
         let AdamWState { m, v } = &*state;
         if ![&parameter, &gradient, m, v].into_iter().all(lends) {
-            return factors.apply(parameter, gradient, state);
+            return plain::adamw(parameter, gradient, state, factors);
         }
         // Given away, so that nobody else holds them: they are written where they are.
         let empty = || Tensor::empty([0, 0], &parameter.device());
@@ -75,14 +76,14 @@ impl AdamW {
 /// What the numbers of one step are multiplied by.
 #[derive(Debug, Clone, Copy)]
 pub struct Factors {
-    betas: [f64; 2],
+    pub(crate) betas: [f64; 2],
     /// Of the second moment.
-    correction: f64,
-    eps: f64,
+    pub(crate) correction: f64,
+    pub(crate) eps: f64,
     /// With the correction of the first moment.
-    learning_rate: f64,
+    pub(crate) learning_rate: f64,
     /// Share of a weight that its decay leaves.
-    kept: f64,
+    pub(crate) kept: f64,
 }
 
 impl Factors {
@@ -93,16 +94,7 @@ impl Factors {
         Self { betas: [beta1, beta2], correction, eps, learning_rate: learning_rate / first, kept }
     }
 
-    /// The step in operations of burn.
-    fn apply(self, parameter: Tensor<2>, gradient: Tensor<2>, state: &mut AdamWState) -> Tensor<2> {
-        let [beta1, beta2] = self.betas;
-        state.m = state.m.clone() * beta1 + gradient.clone() * (1.0 - beta1);
-        state.v = state.v.clone() * beta2 + gradient.square() * (1.0 - beta2);
-        let denominator = (state.v.clone() / self.correction).sqrt() + self.eps;
-        parameter * self.kept - state.m.clone() / denominator * self.learning_rate
-    }
-
-    /// The same, number by number.
+    /// The step, number by number.
     fn rewrite(self, [p, m, v]: [Rewritten; 3], g: &[f32]) {
         const TASK: usize = 8 << 10;
         let [beta1, beta2] = self.betas.map(|beta| beta as f32);

@@ -43,6 +43,7 @@ mod residual;
 #[cfg_attr(not(any(feature = "flex", feature = "tch")), allow(dead_code))]
 mod rewritten;
 mod rotary;
+mod scratch;
 mod soft_cap;
 mod softmax;
 mod threads;

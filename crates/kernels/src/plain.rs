@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, Device, IndexingUpdateOp, Int, Tensor, TensorData, activation::silu};
 
-use crate::{Activation, Mask, RotaryTables, Scaling, Scoring, Span};
+use crate::adamw::Factors;
+use crate::{Activation, AdamWState, Mask, RotaryTables, Scaling, Scoring, Span};
 
 /// See [`crate::rms_norm`].
 pub fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
@@ -20,6 +21,20 @@ pub fn dropout(x: Tensor<2>, mask: Mask) -> Tensor<2> {
     mask.apply(0, &mut kept, features);
     let device = x.device();
     x * Tensor::from_data(TensorData::new(kept, [tokens, features]), &device)
+}
+
+/// See [`crate::AdamW::step`].
+pub fn adamw(
+    parameter: Tensor<2>,
+    gradient: Tensor<2>,
+    state: &mut AdamWState,
+    factors: Factors,
+) -> Tensor<2> {
+    let [beta1, beta2] = factors.betas;
+    state.m = state.m.clone() * beta1 + gradient.clone() * (1.0 - beta1);
+    state.v = state.v.clone() * beta2 + gradient.square() * (1.0 - beta2);
+    let denominator = (state.v.clone() / factors.correction).sqrt() + factors.eps;
+    parameter * factors.kept - state.m.clone() / denominator * factors.learning_rate
 }
 
 /// See [`crate::add_low_rank`].

@@ -8,6 +8,7 @@ use crate::bf16::{
 };
 use crate::frozen::Precision;
 use crate::frozen::wide::widest;
+use crate::scratch::grown;
 
 /// A matrix of numbers that lie `strides` apart, between rows and between columns.
 #[derive(Clone, Copy)]
@@ -230,8 +231,7 @@ impl<'a> RightFactor<'a> {
     }
 }
 
-/// Memory that both factors of a product are packed in, kept by each thread. It only grows: what is shrunk is filled with
-/// zeros when it grows again.
+/// Memory that both factors of a product are packed in, kept by each thread.
 struct Packs {
     left: Vec<u16>,
     right: Vec<u16>,
@@ -258,20 +258,19 @@ impl Packs {
 
     fn fill_left(&mut self, multiplier: &Multiplier, a: Matrix, depth: usize) {
         let [m, k] = a.shape;
-        let needed = m.next_multiple_of(BLOCK) * depth;
-        self.left.resize(self.left.len().max(needed), 0);
         let rows = if a.strides[1] == 1 {
             a
         } else {
             // The tiles want whole rows.
-            self.numbers.resize(self.numbers.len().max(m * k), 0.0);
-            for (i, row) in self.numbers[..m * k].chunks_exact_mut(k).enumerate() {
+            let numbers = grown(&mut self.numbers, m * k);
+            for (i, row) in numbers.chunks_exact_mut(k).enumerate() {
                 let column = a.values[i * a.strides[0]..].iter().step_by(a.strides[1]);
                 row.iter_mut().zip(column).for_each(|(x, y)| *x = *y);
             }
-            Matrix::rows(&self.numbers[..m * k], k)
+            Matrix::rows(numbers, k)
         };
-        for (strip, tiles) in self.left[..needed].chunks_exact_mut(SIDE * depth).enumerate() {
+        let left = grown(&mut self.left, m.next_multiple_of(BLOCK) * depth);
+        for (strip, tiles) in left.chunks_exact_mut(SIDE * depth).enumerate() {
             let first = strip * SIDE;
             left_strip(multiplier, (first..m.min(first + SIDE)).map(|row| rows.row(row)), tiles);
         }
@@ -279,14 +278,12 @@ impl Packs {
 
     fn fill_right(&mut self, multiplier: &Multiplier, b: Matrix, right: &mut Vec<u16>) {
         let (depth, width) = (b.shape[0].next_multiple_of(DEPTH), b.shape[1].next_multiple_of(BLOCK));
-        let (needed, rows) = (width * depth, &mut self.rows);
-        right.resize(right.len().max(needed), 0);
-        let right = &mut right[..needed];
+        let right = grown(right, width * depth);
         if b.strides[1] == 1 {
-            rows.resize(rows.len().max(2 * width), 0);
+            let rows = grown(&mut self.rows, 2 * width);
             paired_rows(&b, multiplier, 0, 0..depth, &mut [], rows, right);
         } else {
-            rows.resize(rows.len().max(SIDE * depth), 0);
+            let rows = grown(&mut self.rows, SIDE * depth);
             turned_rows(&b.transposed(), multiplier, 0, 0..depth, &mut [], rows, right);
         }
     }

@@ -27,8 +27,13 @@ pub trait SoftCap: Backend {
 impl<B: Host> SoftCap for B {
     fn soft_cap(x: FloatTensor<Self>, cap: f32) -> FloatTensor<Self> {
         const PIECE: usize = 1 << 14;
-        let replace =
-            |piece: &mut [f32]| widest!(|| piece.iter_mut().for_each(|x| *x = cap * tanh(*x / cap)));
+        let replace = |piece: &mut [f32]| {
+            widest!(|| {
+                for x in piece {
+                    *x = cap * tanh(*x / cap);
+                }
+            });
+        };
         B::rewrite(B::contiguous(x), |x| x.pieces(PIECE).for_each(replace)).0
     }
 }

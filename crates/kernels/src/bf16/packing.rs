@@ -62,7 +62,7 @@ pub(crate) fn left_strip<'a>(
     tiles: &mut [u16],
 ) {
     for i in 0..SIDE {
-        multiplier.round_row(rows.next().unwrap_or_default(), tiles, i);
+        multiplier.left_row(rows.next().unwrap_or_default(), tiles, i);
     }
 }
 

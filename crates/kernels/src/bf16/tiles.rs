@@ -110,7 +110,7 @@ impl Multiplier {
     /// # Panics
     /// Where there are more numbers than the tiles have in a row, or fewer rows.
     #[allow(clippy::unused_self)] // as above
-    pub(crate) fn round_row(&self, numbers: &[f32], tiles: &mut [u16], row: usize) {
+    pub(crate) fn left_row(&self, numbers: &[f32], tiles: &mut [u16], row: usize) {
         let (blocks, rest) = numbers.as_chunks();
         assert!(row < SIDE && tiles.len() / TILE >= numbers.len().div_ceil(DEPTH), "a row of the tiles");
         let mut places =
@@ -293,7 +293,7 @@ mod tests {
         let Some(unit) = Bf16Unit::detect() else { return };
         let numbers: Vec<f32> = (1..40_u8).map(f32::from).collect();
         let mut tiles = [1; 3 * TILE];
-        Multiplier::new(unit).round_row(&numbers, &mut tiles, 5);
+        Multiplier::new(unit).left_row(&numbers, &mut tiles, 5);
         for (tile, k) in (0..3).flat_map(|tile| (0..DEPTH).map(move |k| (tile, k))) {
             let expected = numbers.get(tile * DEPTH + k).map_or(0, |x| (x.to_bits() >> 16) as u16);
             assert_eq!(tiles[tile * TILE + 5 * DEPTH + k], expected, "{tile}, {k}");

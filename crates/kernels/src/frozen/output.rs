@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::bf16::{BLOCK, Sums};
+use crate::scratch::grown;
 
 /// Rows of an output that tasks write disjoint columns of.
 #[derive(Clone, Copy)]
@@ -59,8 +60,7 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// What a task needs beside its output. Kept by each thread: fresh memory would cost more than what
-/// is computed in it.
+/// What a task needs beside its output, kept by each thread.
 #[derive(Default)]
 pub(super) struct Scratch {
     pub(super) sums: Vec<f32>,
@@ -75,9 +75,9 @@ impl Scratch {
             static SCRATCH: RefCell<Scratch> = RefCell::default();
         }
         SCRATCH.with_borrow_mut(|scratch| {
-            scratch.sums.resize(sums.max(scratch.sums.len()), 0.0);
-            scratch.tiles.resize(tiles.max(scratch.tiles.len()), 0);
-            scratch.numbers.resize(numbers.max(scratch.numbers.len()), 0.0);
+            grown(&mut scratch.sums, sums);
+            grown(&mut scratch.tiles, tiles);
+            grown(&mut scratch.numbers, numbers);
             task(scratch)
         })
     }

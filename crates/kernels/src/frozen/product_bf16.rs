@@ -13,6 +13,7 @@ use crate::bf16::{
 };
 use crate::cache_line::prefetch;
 use crate::direction::Direction;
+use crate::scratch::grown;
 
 /// A multiple of every format's block.
 const BLOCKS_OF_ALL: usize = 256;
@@ -152,9 +153,9 @@ impl Packed {
         let strips = (x.len() / width).next_multiple_of(BLOCK) / SIDE;
         let depth = width.next_multiple_of(DEPTH);
         let mut values = PACKED.take();
-        let needed = strips * SIDE * depth;
-        values.resize(needed.max(values.len()), 0);
-        for (i, values) in values[..needed].chunks_mut(strips * SIDE * pass).enumerate() {
+        for (i, values) in
+            grown(&mut values, strips * SIDE * depth).chunks_mut(strips * SIDE * pass).enumerate()
+        {
             let deep = values.len() / (strips * SIDE);
             let columns = i * pass..width.min(i * pass + deep);
             values.par_chunks_exact_mut(SIDE * deep).enumerate().for_each(|(strip, values)| {

@@ -4,6 +4,9 @@
 /// `widest!(|| ..)` runs a closure without arguments, compiled for the widest vectors that this processor has. Results are the
 /// same everywhere: Rust contracts no products and sums.
 ///
+/// Loops in it are `for` loops: what iterates by itself, as `collect`, `extend` and at times `for_each` do, may stay a function
+/// by itself, compiled for any processor.
+///
 /// A macro, because each processor has to have a closure of its own: one that is called in several places stays a function
 /// by itself, compiled for any processor.
 macro_rules! widest {

@@ -16,7 +16,7 @@ pub struct Seen {
 
 impl Seen {
     /// What is seen of the `x` of some tokens, the first of them `token`.
-    pub fn of<'x>(self, token: usize, x: &'x [f32]) -> Cow<'x, [f32]> {
+    pub fn of(self, token: usize, x: &[f32]) -> Cow<'_, [f32]> {
         let Some(mask) = self.mask else { return x.into() };
         let mut x = x.to_vec();
         mask.apply(token, &mut x, self.width);
