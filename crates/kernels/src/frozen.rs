@@ -4,13 +4,13 @@
 // Loops have to end up inside the functions of `wide` that are compiled for wider vectors.
 #![allow(clippy::inline_always)]
 
-mod adapted;
 #[cfg(feature = "cube")]
 mod cube;
 mod dense;
 mod format;
 mod ggml;
 mod int8;
+mod layers;
 mod matrix;
 mod nf4;
 mod nf4_quantize;
@@ -21,9 +21,10 @@ mod product_bf16;
 mod weight;
 pub(crate) mod wide;
 
-pub(crate) use adapted::adapted_product;
 pub use format::{Format, FrozenError};
 pub use int8::quantize_int8;
+pub use layers::Update;
+pub(crate) use layers::{Layer, frozen_layers, updated};
 pub use matrix::FrozenMatrix;
 pub use nf4::{DYNAMIC_MAP, NF4_CODEBOOK, Nf4Parts, Nf4QuantState, Nf4Scales};
 pub use nf4_quantize::quantize_nf4;

@@ -82,6 +82,35 @@ pub fn filled<R>(length: usize, f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R) ->
     (numbers, result)
 }
 
+/// New tensors of some shapes, all of whose numbers `f` writes.
+pub fn write_all<B: Host>(
+    shapes: &[Shape],
+    device: &Device<B>,
+    f: impl FnOnce(Vec<&mut [MaybeUninit<f32>]>),
+) -> Vec<FloatTensor<B>> {
+    write_behind::<B, _>(shapes, device, Vec::new(), f)
+}
+
+/// The same, behind those that are there already.
+fn write_behind<B: Host, F: FnOnce(Vec<&mut [MaybeUninit<f32>]>)>(
+    shapes: &[Shape],
+    device: &Device<B>,
+    before: Vec<&mut [MaybeUninit<f32>]>,
+    f: F,
+) -> Vec<FloatTensor<B>> {
+    let Some((first, others)) = shapes.split_first() else {
+        f(before);
+        return Vec::new();
+    };
+    let (first, mut all) = B::write(first.clone(), device, |numbers| {
+        let mut before: Vec<&mut [_]> = before;
+        before.push(numbers);
+        write_behind::<B, F>(others, device, before, f)
+    });
+    all.insert(0, first);
+    all
+}
+
 #[cfg(feature = "flex")]
 mod flex {
     use std::mem::MaybeUninit;

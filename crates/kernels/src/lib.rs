@@ -35,6 +35,7 @@ mod lion;
 mod low_rank;
 mod muon;
 mod norm;
+mod outputs;
 pub mod plain;
 mod product;
 mod pullback;
@@ -57,7 +58,7 @@ pub use dot::dot;
 pub use dropout::{Dropout, DropoutKey, Mask};
 pub use frozen::{
     DYNAMIC_MAP, Format, FrozenError, FrozenMatrix, FrozenProduct, FrozenWeight, NF4_CODEBOOK, Nf4Parts,
-    Nf4QuantState, Nf4Scales, Precision, dense_bytes_on_card, quantize_int8, quantize_nf4,
+    Nf4QuantState, Nf4Scales, Precision, Update, dense_bytes_on_card, quantize_int8, quantize_nf4,
 };
 pub use glu::{Activation, glu};
 pub use heap::{Heap, keep_freed_memory, take_memory};
@@ -65,10 +66,10 @@ pub use linear::FrozenLinear;
 pub use lion::Lion;
 pub use low_rank::{Scaling, add_low_rank};
 pub use muon::Muon;
-pub use norm::rms_norm;
+pub use norm::{rms_norm, rms_norm_beside};
 pub use pullback::{Tracked, pull_back};
 pub use random::{EmbeddingNoise, stream};
-pub use residual::{fan_out, residual};
+pub use residual::residual;
 pub use rotary::{RopeScaling, Rotary, RotaryTables};
 pub use soft_cap::soft_cap;
 pub use threads::compute_on_this_thread;

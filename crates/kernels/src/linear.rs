@@ -3,8 +3,10 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::direction::Direction;
-use crate::frozen::{FrozenMatrix, FrozenWeight, Precision, adapted_product, frozen_product, unread_product};
-use crate::low_rank::{Scaling, add_low_rank};
+use crate::frozen::{
+    FrozenMatrix, FrozenWeight, Layer, Precision, Update, frozen_layers, frozen_product, unread_product,
+    updated,
+};
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]
@@ -84,17 +86,34 @@ impl FrozenLinear {
         }
     }
 
-    /// `x W^T + scale * (dropout(x) A^T) B^T`, without the bias: the product and a low-rank adapter's update
-    /// ([`add_low_rank`]) in one operation.
+    /// [`Self::product`] of layers that read one input, each with what an adapter adds to it, in one operation. That of an
+    /// only layer is added to `onto`, if that is there.
     ///
     /// # Shapes
-    /// - x: `[tokens, in]`, result: `[tokens, out]`
-    /// - a: `[rank, in]`, b: `[out, rank]`
-    pub fn adapted_product(&self, x: Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scaling: Scaling) -> Tensor<2> {
-        match &self.weight {
-            Weight::Dense(_) => add_low_rank(self.product(x.clone()), x, a, b, scaling),
-            Weight::Frozen(weight, precision) => adapted_product(x, weight, *precision, [a, b], scaling),
+    /// - x: `[tokens, in]`
+    /// - onto and each result: `[tokens, out]`, of its layer
+    ///
+    /// # Panics
+    /// Where the shapes do not fit, or something is there to be added to by several.
+    pub fn products(
+        layers: Vec<(&Self, Option<Update<Tensor<2>>>)>,
+        x: Tensor<2>,
+        onto: Option<Tensor<2>>,
+    ) -> Vec<Tensor<2>> {
+        assert!(onto.is_none() || layers.len() == 1, "one product to be added");
+        let frozen = |(layer, update): &(&Self, Option<Update<_>>)| match &layer.weight {
+            Weight::Dense(_) => None,
+            Weight::Frozen(w, precision) => {
+                Some(Layer { w: w.clone(), precision: *precision, update: update.clone() })
+            }
+        };
+        if let Some(layers) = layers.iter().map(frozen).collect() {
+            return frozen_layers(x, layers, onto);
         }
+        let product = |(layer, update): (&Self, Option<Update<_>>)| {
+            updated(layer.product(x.clone()), x.clone(), update, onto.clone())
+        };
+        layers.into_iter().map(product).collect()
     }
 
     /// `y + b`, or `y` where there is no bias.

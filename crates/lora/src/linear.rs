@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Dropout, FrozenLinear, Scaling, add_low_rank};
+use pronk_kernels::{Dropout, FrozenLinear, Scaling, Update, add_low_rank, residual};
 
 use crate::dora::weight_norms;
 use crate::{Adapter, LoraPair, WeightNorms};
@@ -83,32 +83,75 @@ impl LoraLinear {
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
     pub fn forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        if let Some(inputs) = mode.inputs {
-            inputs.keep(&self.name, &x);
+        let [y] = Self::forward_all([self], x, mode);
+        y
+    }
+
+    /// [`Self::forward`] of layers that read the same input, in one operation as far as possible.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - each result: `[tokens, out]`, of its layer
+    pub fn forward_all<const N: usize>(
+        layers: [&Self; N],
+        x: Tensor<2>,
+        mode: ForwardMode,
+    ) -> [Tensor<2>; N] {
+        let products = layers.map(|layer| (&layer.base, layer.update(mode)));
+        let mut products = FrozenLinear::products(products.into(), x.clone(), None).into_iter();
+        layers.map(|layer| {
+            let y = products.next().unwrap_or_else(|| unreachable!("a product of every layer"));
+            layer.finished(y, &x, mode)
+        })
+    }
+
+    /// `stream` with [`Self::forward`] added to it.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - stream and result: `[tokens, out]`
+    pub fn forward_onto(&self, stream: Tensor<2>, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+        if self.pair(mode).is_some_and(|pair| pair.magnitude.is_some()) {
+            return residual(stream, self.forward(x, mode));
         }
-        let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name)) else {
-            return self.add_bias(self.base.product(x), mode);
-        };
+        let layer = vec![(&self.base, self.update(mode))];
+        let mut sum = FrozenLinear::products(layer, x.clone(), Some(stream));
+        let sum = sum.pop().unwrap_or_else(|| unreachable!("a product of the layer"));
+        self.finished(sum, &x, mode)
+    }
+
+    /// What an adapter adds to the product of the base with the whole input.
+    fn update(&self, mode: ForwardMode) -> Option<Update<Tensor<2>>> {
+        let pair = self.pair(mode)?;
+        let scaling = scaling(pair, &self.name, mode);
+        let of_input = pair.magnitude.is_none() || scaling.mask.is_none();
+        of_input.then(|| Update { a: pair.a.clone(), b: pair.b.clone(), scaling })
+    }
+
+    /// All that follows a product with its update.
+    fn finished(&self, y: Tensor<2>, x: &Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+        if let Some(inputs) = mode.inputs {
+            inputs.keep(&self.name, x);
+        }
+        let Some(pair) = self.pair(mode) else { return self.add_bias(y, mode) };
         let Some(magnitude) = &pair.magnitude else {
-            return self.add_bias(self.updated(x, pair, mode), mode);
+            return self.add_bias(without_start(y, x.clone(), pair), mode);
         };
         let norms = || weight_norms(&self.base, self.squares(&x.device()), pair);
         let norms = mode.norms.map_or_else(norms, |known| known.of(&self.name, norms));
         let stretch = magnitude.clone() / norms;
         let Some(mask) = scaling(pair, &self.name, mode).mask else {
-            return self.add_bias(self.updated(x, pair, mode) * stretch, mode);
+            return self.add_bias(without_start(y, x.clone(), pair) * stretch, mode);
         };
         let kept = mask.hide(x.clone());
         let of_kept = self.base.product(kept.clone());
-        let unchanged = self.base.product(x) - of_kept.clone();
+        let unchanged = y - of_kept.clone();
         let changed = add_low_rank(of_kept, kept, &pair.a, &pair.b, pair.scale);
         self.add_bias(unchanged + changed * stretch, mode)
     }
 
-    /// The product with what `pair` adds to it.
-    fn updated(&self, x: Tensor<2>, pair: &LoraPair, mode: ForwardMode) -> Tensor<2> {
-        let y = self.base.adapted_product(x.clone(), &pair.a, &pair.b, scaling(pair, &self.name, mode));
-        without_start(y, x, pair)
+    fn pair<'a>(&self, mode: ForwardMode<'a>) -> Option<&'a LoraPair> {
+        mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name))
     }
 
     /// [`Self::forward`] for a graph whose result nobody reads: see [`FrozenLinear::forward_unread`].
@@ -118,8 +161,7 @@ impl LoraLinear {
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
     pub fn forward_unread(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        let pair = mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name));
-        if pair.is_some_and(|pair| pair.magnitude.is_some()) {
+        if self.pair(mode).is_some_and(|pair| pair.magnitude.is_some()) {
             return self.forward(x, mode);
         }
         let y = self.base.forward_unread(x.clone());

@@ -1,5 +1,5 @@
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Activation, Scoring, attention, fan_out, glu, residual, rms_norm};
+use pronk_kernels::{Activation, Scoring, attention, glu, residual, rms_norm, rms_norm_beside};
 use pronk_lora::{ForwardMode, LoraLinear};
 
 use crate::Layout;
@@ -68,8 +68,9 @@ impl Block {
         mode: ForwardMode,
         cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
-        let x = self.beside(x, &self.attention_norms, |h| self.attend(h, layout, mode, cache));
-        self.beside(x, &self.feed_forward_norms, |h| self.down_proj.forward(self.gated(h, mode), mode))
+        let x = self.attended(x, layout, mode, cache);
+        let [x, h] = rms_norm_beside(x, &self.feed_forward_norms.before, self.rms_norm_eps);
+        self.onto(x, &self.down_proj, self.gated(h, mode), &self.feed_forward_norms, mode)
     }
 
     /// The graph of [`Self::forward`] for gradients alone: nobody reads its output, and the last product
@@ -81,24 +82,36 @@ impl Block {
         if self.feed_forward_norms.after.is_some() {
             return self.forward(x, layout, mode, None);
         }
-        let x = self.beside(x, &self.attention_norms, |h| self.attend(h, layout, mode, None));
-        self.beside(x, &self.feed_forward_norms, |h| self.down_proj.forward_unread(self.gated(h, mode), mode))
+        let x = self.attended(x, layout, mode, None);
+        let [x, h] = rms_norm_beside(x, &self.feed_forward_norms.before, self.rms_norm_eps);
+        residual(x, self.down_proj.forward_unread(self.gated(h, mode), mode))
     }
 
-    /// `x + half(x)`, with the norms of that half.
-    fn beside(
+    /// `x` with what attention adds to it.
+    fn attended(
         &self,
         x: Tensor<2>,
-        norms: &NormsAround,
-        half: impl FnOnce(Tensor<2>) -> Tensor<2>,
+        layout: &Layout,
+        mode: ForwardMode,
+        cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
-        let [x, h] = fan_out(x);
-        let y = half(rms_norm(h, &norms.before, self.rms_norm_eps));
-        let y = match &norms.after {
-            Some(weight) => rms_norm(y, weight, self.rms_norm_eps),
-            None => y,
-        };
-        residual(x, y)
+        let [x, h] = rms_norm_beside(x, &self.attention_norms.before, self.rms_norm_eps);
+        self.onto(x, &self.o_proj, self.attention(h, layout, mode, cache), &self.attention_norms, mode)
+    }
+
+    /// `x + layer(h)`, with the norm between where there is one.
+    fn onto(
+        &self,
+        x: Tensor<2>,
+        layer: &LoraLinear,
+        h: Tensor<2>,
+        norms: &NormsAround,
+        mode: ForwardMode,
+    ) -> Tensor<2> {
+        match &norms.after {
+            Some(weight) => residual(x, rms_norm(layer.forward(h, mode), weight, self.rms_norm_eps)),
+            None => layer.forward_onto(x, h, mode),
+        }
     }
 
     /// Its linear layers' names, those together that read the same input.
@@ -125,7 +138,8 @@ impl Block {
         }
     }
 
-    fn attend(
+    /// What the values of all heads become, which the output projection reads.
+    fn attention(
         &self,
         x: Tensor<2>,
         layout: &Layout,
@@ -147,7 +161,7 @@ impl Block {
             Some(cache) => cache.append(k, heads(v)),
             None => (k, heads(v)),
         };
-        self.o_proj.forward(attention(q, &k, &v, &layout.spans, self.scoring), mode)
+        attention(q, &k, &v, &layout.spans, self.scoring)
     }
 
     /// Each head normed for itself, where there is a norm of heads.

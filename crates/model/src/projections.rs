@@ -1,5 +1,4 @@
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::fan_out;
 use pronk_lora::{ForwardMode, LoraLinear, low_rank_update};
 
 /// Linear layers that read the same input: `N` of them, or one that holds them all.
@@ -19,10 +18,7 @@ impl<const N: usize> Projections<N> {
     /// - each result: `[tokens, out]`, of its layer
     pub fn forward(&self, x: &Tensor<2>, mode: ForwardMode) -> [Tensor<2>; N] {
         match self {
-            Self::Apart(layers) => {
-                let inputs = fan_out::<N>(x.clone());
-                std::array::from_fn(|i| layers[i].forward(inputs[i].clone(), mode))
-            }
+            Self::Apart(layers) => LoraLinear::forward_all(layers.each_ref(), x.clone(), mode),
             Self::Packed(layer, parts) => {
                 let y = layer.forward(x.clone(), mode);
                 let mut start = 0;

@@ -14,6 +14,8 @@ pub(super) struct Columns<'a> {
     start: *mut f32,
     rows: usize,
     width: usize,
+    /// What the numbers are added to, if anything.
+    onto: Option<&'a [f32]>,
     numbers: PhantomData<&'a mut [f32]>,
 }
 
@@ -25,9 +27,14 @@ unsafe impl Send for Columns<'_> {}
 unsafe impl Sync for Columns<'_> {}
 
 impl<'a> Columns<'a> {
-    /// All of an output, in rows of `width`.
-    pub(super) fn of(output: &'a mut [MaybeUninit<f32>], width: usize) -> Self {
-        Self { start: output.as_mut_ptr().cast(), rows: output.len() / width, width, numbers: PhantomData }
+    /// All of an output, in rows of `width`, whose numbers are added to those of `onto` where there are such.
+    ///
+    /// # Panics
+    /// Where these are not as many.
+    pub(super) fn of(output: &'a mut [MaybeUninit<f32>], width: usize, onto: Option<&'a [f32]>) -> Self {
+        assert!(onto.is_none_or(|onto| onto.len() == output.len()), "a number for every number");
+        let (start, rows) = (output.as_mut_ptr().cast(), output.len() / width);
+        Self { start, rows, width, onto, numbers: PhantomData }
     }
 
     /// Where `columns` of `row` begin.
@@ -47,6 +54,18 @@ impl<'a> Columns<'a> {
         whole.then(|| Sums { start: self.at(rows.start, columns), stride: self.width })
     }
 
+    /// Where lies what such a block is added to, to be read.
+    pub(super) fn block_onto(self, rows: &Range<usize>, columns: &Range<usize>) -> Option<Sums> {
+        let block = self.block(rows, columns)?;
+        let onto = &self.onto?[rows.start * self.width + columns.start..];
+        Some(Sums { start: onto.as_ptr().cast_mut(), ..block })
+    }
+
+    /// What `columns` of `row` are added to.
+    fn row_onto(self, row: usize, columns: &Range<usize>) -> Option<&'a [f32]> {
+        self.onto.map(|onto| &onto[row * self.width..][..self.width][columns.clone()])
+    }
+
     /// Writes `columns` of `row`.
     ///
     /// # Safety
@@ -55,8 +74,26 @@ impl<'a> Columns<'a> {
     pub(super) unsafe fn write(self, row: usize, columns: &Range<usize>, numbers: &[f32]) {
         let start = self.at(row, columns);
         assert_eq!(numbers.len(), columns.len(), "a number for every column");
-        // SAFETY: within the columns that `at` has checked, and nobody else's.
-        unsafe { start.copy_from_nonoverlapping(numbers.as_ptr(), numbers.len()) };
+        for (i, x) in numbers.iter().enumerate() {
+            let sum = self.row_onto(row, columns).map_or(*x, |onto| onto[i] + x);
+            // SAFETY: within the columns that `at` has checked, and nobody else's.
+            unsafe { start.add(i).write(sum) };
+        }
+    }
+
+    /// Writes what `columns` are added to, so that a product has to be added there; false where that is nothing.
+    ///
+    /// # Safety
+    /// No other task touches these columns.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn lay(self, columns: &Range<usize>) -> bool {
+        for row in 0..self.rows {
+            if let Some(onto) = self.row_onto(row, columns) {
+                // SAFETY: within the columns that `at` has checked, and nobody else's.
+                unsafe { self.at(row, columns).copy_from_nonoverlapping(onto.as_ptr(), onto.len()) };
+            }
+        }
+        self.onto.is_some()
     }
 }
 
@@ -95,7 +132,7 @@ mod tests {
     fn threads_fill_an_output_column_by_column() {
         let (found, ()) = filled(5 * WIDTH, |output| {
             for (batch, output) in output.chunks_mut(3 * WIDTH).enumerate() {
-                let all = Columns::of(output, WIDTH);
+                let all = Columns::of(output, WIDTH, None);
                 std::thread::scope(|threads| {
                     for columns in [0..1, 1..4, 4..WIDTH] {
                         threads.spawn(move || {
@@ -119,7 +156,7 @@ mod tests {
 
     #[test]
     fn an_output_without_numbers_is_one() {
-        let (found, rows) = filled(0, |output| Columns::of(output, WIDTH).rows);
+        let (found, rows) = filled(0, |output| Columns::of(output, WIDTH, None).rows);
         assert!(found.is_empty() && rows == 0);
     }
 
@@ -130,20 +167,20 @@ mod tests {
     #[test]
     #[should_panic(expected = "columns.end <= self.width")]
     fn columns_behind_the_last_are_refused() {
-        Columns::of(&mut output(2, WIDTH), WIDTH).at(0, &(0..WIDTH + 1));
+        Columns::of(&mut output(2, WIDTH), WIDTH, None).at(0, &(0..WIDTH + 1));
     }
 
     #[test]
     #[should_panic(expected = "row < self.rows")]
     fn rows_behind_the_last_are_refused() {
-        Columns::of(&mut output(2, WIDTH), WIDTH).at(2, &(0..1));
+        Columns::of(&mut output(2, WIDTH), WIDTH, None).at(2, &(0..1));
     }
 
     /// Blocks of 32 x 32 alone are multiplied right to where they belong.
     #[test]
     fn only_whole_blocks_have_a_place() {
         let mut output = output(BLOCK, 2 * BLOCK);
-        let all = Columns::of(&mut output, 2 * BLOCK);
+        let all = Columns::of(&mut output, 2 * BLOCK, None);
         assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK)).is_some_and(|sums| sums.stride == 2 * BLOCK));
         assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK - 1)).is_none());
         assert!(all.block(&(1..BLOCK), &(0..BLOCK)).is_none());

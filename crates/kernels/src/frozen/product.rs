@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use super::FrozenMatrix;
 use super::output::{Columns, Scratch};
-use super::product_bf16::product_bf16;
+use super::product_bf16::{backward_bf16, forward_bf16};
 use super::wide::widest;
 use crate::bf16::{BLOCK, Bf16Unit};
 use crate::direction::Direction;
@@ -96,18 +96,9 @@ impl FrozenMatrix {
         precision: Precision,
         out: &mut [MaybeUninit<f32>],
     ) {
-        let [summed, width] = self.widths(direction);
-        assert!(x.len().is_multiple_of(summed), "whole rows of {summed}");
-        assert_eq!(out.len() / width, x.len() / summed, "as many rows of results");
-        stay_awake();
-        for (x, out) in x.chunks(TOKENS * summed).zip(out.chunks_mut(TOKENS * width)) {
-            let out = Columns::of(out, width);
-            match (direction, precision, Bf16Unit::detect()) {
-                (Direction::Forward, ..) if x.len() <= FEW_TOKENS * summed => dot_products(self, x, out),
-                (_, Precision::Bf16, Some(unit)) => product_bf16(self, direction, unit, x, out),
-                (Direction::Forward, ..) => forward_f32(self, x, out),
-                (Direction::Backward, ..) => backward_f32(self, x, out),
-            }
+        match direction {
+            Direction::Forward => forward(vec![(self, out)], x, None, precision),
+            Direction::Backward => backward(&[(self, x)], precision, out),
         }
     }
 
@@ -123,6 +114,78 @@ impl FrozenMatrix {
         }
         TensorData::new(values, [ids.len(), cols])
     }
+}
+
+/// `x W^T` of matrices of one width, each written to all of what stands beside it. That of an only one is added to `onto`,
+/// if that is there.
+///
+/// # Panics
+/// Where `x` is not whole rows, or what is written is not as many.
+pub(super) fn forward(
+    products: Vec<(&FrozenMatrix, &mut [MaybeUninit<f32>])>,
+    x: &[f32],
+    onto: Option<&[f32]>,
+    precision: Precision,
+) {
+    let Some(cols) = products.first().map(|(w, _)| w.shape()[1]) else { return };
+    assert!(x.len().is_multiple_of(cols), "whole rows of {cols}");
+    assert!(onto.is_none() || products.len() == 1, "one product to be added");
+    let whole = |(w, out): &(&FrozenMatrix, &mut [_])| {
+        w.shape()[1] == cols && out.len() == x.len() / cols * w.shape()[0]
+    };
+    assert!(products.iter().all(whole), "matrices of one width, as many rows of results");
+    stay_awake();
+    let mut products: Vec<_> =
+        products.into_iter().map(|(w, out)| (w, out.chunks_mut(TOKENS * w.shape()[0]))).collect();
+    for (i, x) in x.chunks(TOKENS * cols).enumerate() {
+        let places = products.iter_mut().filter_map(|(w, chunks)| {
+            let ([rows, _], out) = (w.shape(), chunks.next()?);
+            let onto = onto.map(|onto| &onto[i * TOKENS * rows..][..out.len()]);
+            Some((*w, Columns::of(out, rows, onto)))
+        });
+        let places: Vec<_> = places.collect();
+        match unit_for(precision) {
+            _ if x.len() <= FEW_TOKENS * cols => places.into_iter().for_each(|(w, y)| dot_products(w, x, y)),
+            Some(unit) => forward_bf16(unit, &places, x),
+            None => places.into_iter().for_each(|(w, y)| forward_f32(w, x, y)),
+        }
+    }
+}
+
+/// The sum of `dy W` over matrices of one width, each with its `dy`, written to all of `out`.
+///
+/// # Panics
+/// Where `out` is not whole rows, or a `dy` is not as many.
+pub(super) fn backward(
+    terms: &[(&FrozenMatrix, &[f32])],
+    precision: Precision,
+    out: &mut [MaybeUninit<f32>],
+) {
+    let Some(cols) = terms.first().map(|(w, _)| w.shape()[1]) else { return };
+    assert!(out.len().is_multiple_of(cols), "whole rows of {cols}");
+    let whole = |(w, dy): &(&FrozenMatrix, &[f32])| {
+        w.shape()[1] == cols && dy.len() == out.len() / cols * w.shape()[0]
+    };
+    assert!(terms.iter().all(whole), "matrices of one width, as many rows of gradients");
+    stay_awake();
+    for (i, out) in out.chunks_mut(TOKENS * cols).enumerate() {
+        let tokens = out.len() / cols;
+        let here = terms.iter().map(|&(w, dy)| {
+            let [rows, _] = w.shape();
+            (w, &dy[i * TOKENS * rows..][..tokens * rows])
+        });
+        let terms: Vec<_> = here.collect();
+        let dx = Columns::of(out, cols, None);
+        match unit_for(precision) {
+            Some(unit) => backward_bf16(unit, &terms, dx),
+            None => backward_f32(&terms, dx),
+        }
+    }
+}
+
+/// What multiplies bf16, where products are to be in it.
+fn unit_for(precision: Precision) -> Option<Bf16Unit> {
+    Bf16Unit::detect().filter(|_| precision == Precision::Bf16)
 }
 
 /// `forward` of a few tokens, as in generation: each row is read once, and float32 is as fast as
@@ -162,9 +225,10 @@ fn forward_f32(w: &FrozenMatrix, x: &[f32], y: Columns) {
             // `here` of y, whose rows lie `rows` apart.
             #[allow(unsafe_code)]
             unsafe {
+                let add = y.lay(&here);
                 product_f32(
                     [tokens, here.len(), cols],
-                    (y.at(0, &here), rows),
+                    (y.at(0, &here), rows, add),
                     (x, cols, 1),
                     (tile, 1, cols),
                 );
@@ -173,42 +237,44 @@ fn forward_f32(w: &FrozenMatrix, x: &[f32], y: Columns) {
     });
 }
 
-/// A tile of columns is dequantized a few rows at a time, then `dx[:, tile] += dy W[:, tile]`.
-fn backward_f32(w: &FrozenMatrix, dy: &[f32], dx: Columns) {
-    let [rows, cols] = w.shape();
-    let tokens = dy.len() / rows;
-    let columns = columns_a_task(w, Direction::Backward);
+/// A tile of columns of each matrix is dequantized a few rows at a time, then `dx[:, tile] += dy W[:, tile]`.
+fn backward_f32(terms: &[(&FrozenMatrix, &[f32])], dx: Columns) {
+    let cols = terms[0].0.shape()[1];
+    let columns = columns_a_task(cols, column_step(terms));
     (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
         let here = task * columns..cols.min((task + 1) * columns);
-        Scratch::with(0, 0, rows * here.len(), |scratch| {
-            let tile = &mut scratch.numbers[..rows * here.len()];
-            for (row, numbers) in tile.chunks_exact_mut(here.len()).enumerate() {
-                w.dequantize(row, here.clone(), numbers);
-            }
-            // SAFETY: dy is [tokens, rows], tile [rows, here]; this task alone writes the columns
-            // `here` of dx, whose rows lie `cols` apart.
-            #[allow(unsafe_code)]
-            unsafe {
-                product_f32(
-                    [tokens, here.len(), rows],
-                    (dx.at(0, &here), cols),
-                    (dy, rows, 1),
-                    (tile, here.len(), 1),
-                );
-            }
-        });
+        for (i, &(w, dy)) in terms.iter().enumerate() {
+            let [rows, _] = w.shape();
+            Scratch::with(0, 0, rows * here.len(), |scratch| {
+                let tile = &mut scratch.numbers[..rows * here.len()];
+                for (row, numbers) in tile.chunks_exact_mut(here.len()).enumerate() {
+                    w.dequantize(row, here.clone(), numbers);
+                }
+                // SAFETY: dy is [tokens, rows], tile [rows, here]; this task alone writes the columns
+                // `here` of dx, whose rows lie `cols` apart, for the first matrix before it reads them.
+                #[allow(unsafe_code)]
+                unsafe {
+                    product_f32(
+                        [dy.len() / rows, here.len(), rows],
+                        (dx.at(0, &here), cols, i > 0),
+                        (dy, rows, 1),
+                        (tile, here.len(), 1),
+                    );
+                }
+            });
+        }
     });
 }
 
 /// `c = a b` in float32, `[m, k]` by `[k, n]`; a and b with their row and column strides, c with
-/// its row stride.
+/// its row stride, and whether to add to what is there.
 ///
 /// # Safety
-/// c may be written at `m` rows of `n`; a and b hold what their strides reach.
+/// c may be written at `m` rows of `n`, and read where it is added to; a and b hold what their strides reach.
 #[allow(unsafe_code)]
 unsafe fn product_f32(
     [m, n, k]: [usize; 3],
-    (c, c_row): (*mut f32, usize),
+    (c, c_row, add): (*mut f32, usize, bool),
     (a, a_row, a_col): (&[f32], usize, usize),
     (b, b_row, b_col): (&[f32], usize, usize),
 ) {
@@ -222,14 +288,14 @@ unsafe fn product_f32(
             c,
             1,
             c_row as isize,
-            false,
+            add,
             a.as_ptr(),
             a_col as isize,
             a_row as isize,
             b.as_ptr(),
             b_col as isize,
             b_row as isize,
-            0.0,
+            if add { 1.0 } else { 0.0 },
             1.0,
             false,
             false,
@@ -239,15 +305,16 @@ unsafe fn product_f32(
     }
 }
 
-/// How many columns of the output a task computes: as many tasks for every core, each of about [`COLUMNS`].
-pub(super) fn columns_a_task(w: &FrozenMatrix, direction: Direction) -> usize {
-    let [_, width] = w.widths(direction);
-    let step = match direction {
-        Direction::Forward => BLOCK,
-        Direction::Backward => w.column_step().max(BLOCK),
-    };
+/// How many of the `width` columns of an output a task computes, a multiple of `step`: as many tasks for every core, each of
+/// about [`COLUMNS`].
+pub(super) fn columns_a_task(width: usize, step: usize) -> usize {
     let tasks = (width / COLUMNS).max(1).next_multiple_of(rayon::current_num_threads());
     width.div_ceil(tasks).next_multiple_of(step)
+}
+
+/// What the columns of a task on the way back have to be a multiple of.
+pub(super) fn column_step<T>(terms: &[(&FrozenMatrix, T)]) -> usize {
+    terms.iter().map(|(w, _)| w.column_step()).fold(BLOCK, usize::max)
 }
 
 #[cfg(test)]
@@ -276,6 +343,32 @@ mod tests {
                 assert_eq!(matrix.forward(&x, precision), y, "{tokens} tokens, {rows} x {cols}");
                 assert_eq!(matrix.backward(&dy, precision), dx, "{tokens} tokens, {rows} x {cols}, back");
             }
+        }
+    }
+
+    /// Matrices that share an input, wide enough for several tasks each and deep enough for several passes.
+    #[test]
+    fn several_products_are_what_each_would_be() {
+        let (rows, cols, tokens) = if cfg!(miri) { ([3, 5], 7, 6) } else { ([700, 33], 1100, 70) };
+        let matrix = |rows: usize, seed| {
+            let bytes = numbers(rows * cols, seed).iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>();
+            FrozenMatrix::dense(Format::F32, [rows, cols], bytes.into()).unwrap()
+        };
+        let [a, b] = [matrix(rows[0], 1), matrix(rows[1], 5)];
+        let x = numbers(tokens * cols, 2);
+        let dys = [numbers(tokens * rows[0], 3), numbers(tokens * rows[1], 7)];
+        for precision in precisions() {
+            let (y_a, (y_b, ())) = filled(tokens * rows[0], |y_a| {
+                filled(tokens * rows[1], |y_b| forward(vec![(&a, y_a), (&b, y_b)], &x, None, precision))
+            });
+            assert!(y_a == a.forward(&x, precision) && y_b == b.forward(&x, precision), "{precision:?}");
+            let (dx, ()) = filled(x.len(), |dx| backward(&[(&a, &dys[0]), (&b, &dys[1])], precision, dx));
+            let [of_a, of_b] = [a.backward(&dys[0], precision), b.backward(&dys[1], precision)];
+            let sums: Vec<f32> = of_a.iter().zip(of_b).map(|(x, y)| x + y).collect();
+            assert!(dx == sums, "{precision:?}, back");
+            let (sum, ()) = filled(y_a.len(), |out| forward(vec![(&a, out)], &x, Some(&dys[0]), precision));
+            let sums: Vec<f32> = y_a.iter().zip(&dys[0]).map(|(x, y)| x + y).collect();
+            assert!(sum == sums, "{precision:?}, added");
         }
     }
 

@@ -7,12 +7,11 @@ use rayon::prelude::*;
 
 use super::FrozenMatrix;
 use super::output::{Columns, Scratch};
-use super::product::columns_a_task;
+use super::product::{column_step, columns_a_task};
 use crate::bf16::{
     BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, Sums, left_strip, paired_rows, turned_rows,
 };
 use crate::cache_line::prefetch;
-use crate::direction::Direction;
 use crate::scratch::grown;
 
 /// A multiple of every format's block.
@@ -22,45 +21,83 @@ const FORWARD_DEPTH: usize = 512;
 /// About how many rows are dequantized at a time in `backward`.
 const BACKWARD_DEPTH: usize = 512;
 
-/// The product in one direction, in bf16: activations are packed once, and each task packs the part of the
-/// matrix that its columns of the output need, a pass along the summed dimension at a time.
-pub(super) fn product_bf16(w: &FrozenMatrix, direction: Direction, unit: Bf16Unit, x: &[f32], y: Columns) {
-    let [summed, width] = w.widths(direction);
-    let pack: PackRight = match direction {
-        Direction::Forward => turned_rows,
-        Direction::Backward => paired_rows,
-    };
-    let left = Packed::new(unit, x, summed, depth_a_pass(direction, summed));
-    let (tokens, passes) = (x.len() / summed, left.passes());
-    let columns = columns_a_task(w, direction);
-    let at_hand = (SIDE * left.pass).max(2 * columns);
-    let sizes = (left.strips * SIDE * columns, columns * left.pass + at_hand, columns.max(left.pass));
-    (0..width.div_ceil(columns)).into_par_iter().for_each(|task| {
-        let here = task * columns..width.min((task + 1) * columns);
+/// `x W^T` of matrices of one width, each to the place beside it. Activations are packed once.
+pub(super) fn forward_bf16(unit: Bf16Unit, products: &[(&FrozenMatrix, Columns)], x: &[f32]) {
+    let cols = products[0].0.shape()[1];
+    let about = columns_a_task(products.iter().map(|(w, _)| w.shape()[0]).sum(), BLOCK);
+    let tasks = products.iter().flat_map(|&(w, y)| {
+        let [rows, _] = w.shape();
+        let columns = rows.div_ceil(((rows + about / 2) / about).max(1)).next_multiple_of(BLOCK);
+        (0..rows).step_by(columns).map(move |start| (w, y, start..rows.min(start + columns)))
+    });
+    let tasks: Vec<_> = tasks.collect();
+    packed(unit, &[(x, cols)], FORWARD_DEPTH, |left| {
+        tasks.into_par_iter().for_each(|(w, y, here)| {
+            let task = Task { unit, pack: turned_rows, tokens: x.len() / cols, here };
+            task.run(&[(w, &left[0])], y);
+        });
+    });
+}
+
+/// The sum of `dy W` over matrices of one width, each with its `dy`.
+pub(super) fn backward_bf16(unit: Bf16Unit, terms: &[(&FrozenMatrix, &[f32])], dx: Columns) {
+    let [rows, cols] = terms[0].0.shape();
+    let tokens = terms[0].1.len() / rows;
+    let columns = columns_a_task(cols, column_step(terms));
+    let dys: Vec<_> = terms.iter().map(|(w, dy)| (*dy, w.shape()[0])).collect();
+    packed(unit, &dys, BACKWARD_DEPTH, |left| {
+        let terms: Vec<_> = terms.iter().map(|(w, _)| *w).zip(left).collect();
+        (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
+            let here = task * columns..cols.min((task + 1) * columns);
+            Task { unit, pack: paired_rows, tokens, here }.run(&terms, dx);
+        });
+    });
+}
+
+/// Some columns of an output, which a thread computes.
+struct Task {
+    unit: Bf16Unit,
+    pack: PackRight,
+    tokens: usize,
+    here: Range<usize>,
+}
+
+impl Task {
+    /// Sums what the terms are, activations times a matrix: a pass along the summed dimension at a time, for each of which
+    /// the part of the matrix that these columns need is packed.
+    fn run(&self, terms: &[(&FrozenMatrix, &Packed)], y: Columns) {
+        let Self { unit, pack, tokens, here } = self;
+        let (sides, strips) = (here.len().div_ceil(BLOCK), terms[0].1.cut.strips);
+        let (columns, deepest) =
+            (sides * BLOCK, terms.iter().map(|(_, left)| left.cut.pass).fold(0, usize::max));
+        let at_hand = (SIDE * deepest).max(2 * columns);
+        let sizes = (strips * SIDE * columns, columns * deepest + at_hand, columns.max(deepest));
+        let passes: Vec<_> = terms
+            .iter()
+            .flat_map(|&(w, left)| (0..left.cut.passes()).map(move |pass| (w, left, pass)))
+            .collect();
         Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
-            let multiplier = Multiplier::new(unit);
-            let sides = here.len().div_ceil(BLOCK);
-            let (right, rows_at_hand) = tiles.split_at_mut(sides * BLOCK * left.pass);
-            for pass in 0..passes {
-                let summed = left.summed(pass);
-                let right = &mut right[..sides * BLOCK * summed.len()];
+            let multiplier = Multiplier::new(*unit);
+            let (right, rows_at_hand) = tiles.split_at_mut(columns * deepest);
+            for (i, &(w, left, pass)) in passes.iter().enumerate() {
+                let summed = left.cut.summed(pass);
+                let right = &mut right[..columns * summed.len()];
                 pack(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
                 let right = |strip: usize| &right[strip * SIDE * summed.len()..][..SIDE * summed.len()];
-                let blocks = (0..left.strips / 2).flat_map(|block| (0..sides).map(move |side| (block, side)));
+                let blocks = (0..strips / 2).flat_map(|block| (0..sides).map(move |side| (block, side)));
                 for ((block, side), sums) in blocks.zip(sums.as_chunks_mut().0) {
                     let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
                     let right = [right(2 * side), right(2 * side + 1)];
-                    let strips = Strips { left, right };
-                    let tokens = block * BLOCK..tokens.min((block + 1) * BLOCK);
+                    let tokens = block * BLOCK..(*tokens).min((block + 1) * BLOCK);
                     let columns = here.start + side * BLOCK..here.end.min(here.start + (side + 1) * BLOCK);
                     // SAFETY: these columns of the output are this task's alone.
                     #[allow(unsafe_code)]
                     let place = unsafe { Place::new(y, tokens, columns) };
-                    place.add(&multiplier, strips, sums, pass == 0, pass + 1 == passes);
+                    place.add(&multiplier, Strips { left, right }, sums, i == 0, i + 1 == passes.len());
                 }
             }
         });
-    });
+    }
 }
 
 /// Where 32 x 32 numbers of the output belong, or what is left of so many at its edges.
@@ -78,8 +115,8 @@ impl<'a> Place<'a> {
         Self { y, tokens, columns }
     }
 
-    /// Adds the product of `strips` to the `sums` of the passes before, if this is not the `first`; the `last` goes to
-    /// where it belongs, while the next one is being multiplied.
+    /// Adds the product of `strips` to the `sums` of the passes before, or to what the output is added to if this is the
+    /// `first`; the `last` goes to where it belongs, while the next one is being multiplied.
     fn add(
         &self,
         multiplier: &Multiplier,
@@ -89,17 +126,16 @@ impl<'a> Place<'a> {
         last: bool,
     ) {
         let Self { y, tokens, columns } = self;
-        if last && let Some(out) = y.block(tokens, columns) {
-            let before = Sums { start: sums.as_mut_ptr(), stride: BLOCK };
-            // SAFETY: the sums are ours, and so is the part of the output, by what `new` asks for.
-            #[allow(unsafe_code)]
-            unsafe {
-                multiplier.multiply_to(strips, (!first).then_some(before), out);
-            }
-            return;
+        let whole = y.block(tokens, columns);
+        let kept = Sums { start: sums.as_mut_ptr(), stride: BLOCK };
+        let before = if first { y.block_onto(tokens, columns) } else { Some(kept) };
+        // SAFETY: the sums are ours, and so is the part of the output, by what `new` asks for; nobody writes what it is
+        // added to.
+        #[allow(unsafe_code)]
+        unsafe {
+            multiplier.multiply_to(strips, before, whole.filter(|_| last).unwrap_or(kept));
         }
-        multiplier.multiply_block(strips, first, sums, BLOCK);
-        if last {
+        if last && whole.is_none() {
             for (token, row) in tokens.clone().zip(sums.as_chunks::<BLOCK>().0) {
                 // SAFETY: by what `new` asks for.
                 #[allow(unsafe_code)]
@@ -116,30 +152,40 @@ impl<'a> Place<'a> {
 type PackRight = fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32], &mut [u16], &mut [u16]);
 
 /// How deep a pass along `summed` numbers is: whole blocks of every format, and passes of about one depth.
-fn depth_a_pass(direction: Direction, summed: usize) -> usize {
-    let depth = match direction {
-        Direction::Forward => FORWARD_DEPTH,
-        Direction::Backward => BACKWARD_DEPTH,
-    };
-    let passes = ((summed + depth / 2) / depth).max(1);
+fn depth_a_pass(about: usize, summed: usize) -> usize {
+    let passes = ((summed + about / 2) / about).max(1);
     summed.div_ceil(passes).next_multiple_of(BLOCKS_OF_ALL)
 }
 
-thread_local! {
-    /// Memory that an earlier product packed its activations in.
-    static PACKED: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
-}
-
-impl Drop for Packed {
-    fn drop(&mut self) {
-        PACKED.set(std::mem::take(&mut self.values));
+/// Has `multiply` do so with `activations`, each with the width of its rows, packed for passes of about `depth`.
+fn packed<R>(
+    unit: Bf16Unit,
+    activations: &[(&[f32], usize)],
+    depth: usize,
+    multiply: impl FnOnce(&[Packed]) -> R,
+) -> R {
+    thread_local! {
+        /// Memory that earlier products packed their activations in.
+        static MEMORY: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
     }
+    let mut memory = MEMORY.take();
+    let cuts: Vec<_> = activations.iter().map(|(x, width)| Cut::new(x.len(), *width, depth)).collect();
+    let mut rest = grown(&mut memory, cuts.iter().map(Cut::numbers).sum());
+    let pack = |(&(x, width), cut): (&(&[f32], usize), Cut)| {
+        let (here, others) = std::mem::take(&mut rest).split_at_mut(cut.numbers());
+        rest = others;
+        cut.pack(unit, x, width, here)
+    };
+    let packed: Vec<_> = activations.iter().zip(cuts).map(pack).collect();
+    let result = multiply(&packed);
+    MEMORY.set(memory);
+    result
 }
 
-/// Activations in bf16, in strips of 16 tokens, cut along the summed dimension into passes.
-struct Packed {
-    values: Vec<u16>,
-    /// Strips of 16 tokens, an even number of them.
+/// How rows are packed: in strips of 16 of them, cut along the summed dimension into passes.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// An even number of them.
     strips: usize,
     /// The summed dimension in whole tiles.
     depth: usize,
@@ -147,15 +193,21 @@ struct Packed {
     pass: usize,
 }
 
-impl Packed {
-    /// Of `x`, `[tokens, width]`.
-    fn new(unit: Bf16Unit, x: &[f32], width: usize, pass: usize) -> Self {
-        let strips = (x.len() / width).next_multiple_of(BLOCK) / SIDE;
-        let depth = width.next_multiple_of(DEPTH);
-        let mut values = PACKED.take();
-        for (i, values) in
-            grown(&mut values, strips * SIDE * depth).chunks_mut(strips * SIDE * pass).enumerate()
-        {
+impl Cut {
+    /// Of `numbers` in rows of `width`.
+    fn new(numbers: usize, width: usize, about: usize) -> Self {
+        let strips = (numbers / width).next_multiple_of(BLOCK) / SIDE;
+        Self { strips, depth: width.next_multiple_of(DEPTH), pass: depth_a_pass(about, width) }
+    }
+
+    fn numbers(&self) -> usize {
+        self.strips * SIDE * self.depth
+    }
+
+    /// `x`, `[tokens, width]`, in `memory`.
+    fn pack<'a>(self, unit: Bf16Unit, x: &[f32], width: usize, memory: &'a mut [u16]) -> Packed<'a> {
+        let Self { strips, pass, .. } = self;
+        for (i, values) in memory.chunks_mut(strips * SIDE * pass).enumerate() {
             let deep = values.len() / (strips * SIDE);
             let columns = i * pass..width.min(i * pass + deep);
             values.par_chunks_exact_mut(SIDE * deep).enumerate().for_each(|(strip, values)| {
@@ -163,7 +215,7 @@ impl Packed {
                 left_strip(&Multiplier::new(unit), rows.map(|row| &row[columns.clone()]), values);
             });
         }
-        Self { values, strips, depth, pass }
+        Packed { values: memory, cut: self }
     }
 
     fn passes(&self) -> usize {
@@ -174,10 +226,18 @@ impl Packed {
     fn summed(&self, i: usize) -> Range<usize> {
         i * self.pass..self.depth.min((i + 1) * self.pass)
     }
+}
 
+/// Activations in bf16.
+struct Packed<'a> {
+    values: &'a [u16],
+    cut: Cut,
+}
+
+impl Packed<'_> {
     fn strip(&self, i: usize, strip: usize) -> &[u16] {
-        let depth = self.summed(i).len();
-        &self.values[i * self.pass * self.strips * SIDE + strip * SIDE * depth..][..SIDE * depth]
+        let (Cut { strips, pass, .. }, depth) = (self.cut, self.cut.summed(i).len());
+        &self.values[i * pass * strips * SIDE + strip * SIDE * depth..][..SIDE * depth]
     }
 }
 

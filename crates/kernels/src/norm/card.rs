@@ -5,6 +5,7 @@
 // CubeCL reads these functions as text: it wants `x = x + y`, plain numbers and values as they are.
 #![allow(clippy::pedantic)]
 
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::{Cube, TensorMetadata};
 use burn::tensor::DType;
 use burn_cubecl::cubecl;
@@ -47,7 +48,13 @@ impl NormLoops for Cube {
         (y, scales)
     }
 
-    fn backward(dy: CubeTensor, x: &CubeTensor, weight: &CubeTensor, scales: &CubeTensor) -> CubeTensor {
+    fn backward(
+        dy: CubeTensor,
+        beside: Option<CubeTensor>,
+        x: &CubeTensor,
+        weight: &CubeTensor,
+        scales: &CubeTensor,
+    ) -> CubeTensor {
         let dy = into_contiguous(dy);
         let [rows, width] = [x.shape()[0], x.shape()[1]];
         let dx = empty(x, x.shape(), DType::F32);
@@ -75,7 +82,10 @@ impl NormLoops for Cube {
                 is_alone(&x.client),
             );
         }
-        dx
+        match beside {
+            Some(beside) => Cube::float_add(dx, beside),
+            None => dx,
+        }
     }
 }
 

@@ -36,19 +36,26 @@ fn normalize(x: &mut [f32], weight: &[f32], eps: f32) -> f32 {
 }
 
 /// The gradient at `x` in place of `dy`, from the `scales` that [`forward`] returned: with
-/// `g = dy * weight` it is `scale * (g - x * scale^2 * mean(x * g))`.
-pub fn backward(dy: Rewritten, x: &[f32], weight: &[f32], scales: &[f32]) {
+/// `g = dy * weight` it is `scale * (g - x * scale^2 * mean(x * g))`. What `x` gets besides is added where there is such.
+pub fn backward(dy: Rewritten, beside: Option<&[f32]>, x: &[f32], weight: &[f32], scales: &[f32]) {
     let width = weight.len();
     assert!(
         dy.len() == x.len() && x.len() == scales.len() * width,
         "a gradient for every number, a scale a row"
     );
+    assert!(beside.is_none_or(|beside| beside.len() == x.len()), "as many numbers besides");
     let inputs = x.par_chunks(TASK * width).zip(scales.par_chunks(TASK));
-    dy.pieces(TASK * width).zip(inputs).for_each(|(dy, (x, scales))| {
+    dy.pieces(TASK * width).zip(inputs).enumerate().for_each(|(task, (dy, (x, scales)))| {
+        let beside = beside.map(|beside| &beside[task * TASK * width..][..x.len()]);
         widest!(|| {
             let rows = dy.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(scales);
-            for ((dy, x), scale) in rows {
+            for (row, ((dy, x), scale)) in rows.enumerate() {
                 pull_back(dy, x, weight, *scale);
+                if let Some(beside) = beside {
+                    for (dx, beside) in dy.iter_mut().zip(&beside[row * width..]) {
+                        *dx += beside;
+                    }
+                }
             }
         });
     });

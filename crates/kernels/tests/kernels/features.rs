@@ -1,7 +1,7 @@
 //! The operations that take one token at a time.
 
 use burn::tensor::Tensor;
-use pronk_kernels::{Activation, FrozenLinear, glu, rms_norm, soft_cap};
+use pronk_kernels::{Activation, FrozenLinear, glu, rms_norm, rms_norm_beside, soft_cap};
 
 use crate::reference::{Input, assert_close, check, devices, dot, host};
 
@@ -20,6 +20,23 @@ fn rms_norm_scales_by_the_root_mean_square() {
         let operation = |x: &[Tensor<2>]| rms_norm(x[0].clone(), &weight.on(&x[0].device()), eps);
         let what = format!("rms_norm, {tokens} tokens of {hidden}, eps {eps}");
         check(&what, std::slice::from_ref(&x), operation, reference);
+
+        let [stream, norm] = [3.0, 0.5];
+        let beside = |x: &[Tensor<2>]| {
+            let [x, y] = rms_norm_beside(x[0].clone(), &weight.on(&x[0].device()), eps);
+            x * stream + y * norm
+        };
+        let both = |x: &[Vec<f64>]| {
+            reference(x).into_iter().zip(&x[0]).map(|(y, x)| stream * x + norm * y).collect()
+        };
+        check(&format!("{what}, beside its input"), std::slice::from_ref(&x), beside, both);
+        for read in [0, 1] {
+            let operation = |x: &[Tensor<2>]| {
+                rms_norm_beside(x[0].clone(), &weight.on(&x[0].device()), eps)[read].clone()
+            };
+            let reference = |x: &[Vec<f64>]| if read == 0 { x[0].clone() } else { reference(x) };
+            check(&format!("{what}, result {read}"), std::slice::from_ref(&x), operation, reference);
+        }
     }
 }
 

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::{
-    Dropout, DropoutKey, Format, FrozenLinear, FrozenMatrix, Precision, Scaling, add_low_rank,
+    Dropout, DropoutKey, Format, FrozenLinear, FrozenMatrix, Precision, Scaling, Update, add_low_rank,
 };
 
 use crate::reference::{Input, check, dot, host, numbers};
@@ -104,7 +104,11 @@ fn a_layer_and_its_adapter_run_as_one() {
             check(
                 &format!("{tokens} tokens, {inputs} to {outputs}, rank {rank}, mask {mask:?}"),
                 &factors,
-                |t| layer.adapted_product(t[0].clone(), &t[1], &t[2], Scaling { scale: SCALE, mask }),
+                |t| {
+                    let scaling = Scaling { scale: SCALE, mask };
+                    let update = Update { a: t[1].clone(), b: t[2].clone(), scaling };
+                    FrozenLinear::products(vec![(&layer, Some(update))], t[0].clone(), None).remove(0)
+                },
                 |values| {
                     let y = times_transposed(&values[0], &weight, inputs);
                     updated(&y, [&masked(&values[0], &kept), &values[1], &values[2]], inputs, rank)
