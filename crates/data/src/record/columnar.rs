@@ -6,9 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use ::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use ::parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, RowGroups,
+};
+use ::parquet::arrow::{ProjectionMask, parquet_to_arrow_field_levels};
+use ::parquet::column::page::{Page, PageIterator, PageMetadata, PageReader};
 use ::parquet::errors::ParquetError;
-use ::parquet::file::reader::{ChunkReader, Length};
+use ::parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
+use ::parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use arrow_array::{Array, RecordBatch};
 use arrow_buffer::Buffer;
 use arrow_cast::cast;
@@ -56,8 +61,12 @@ impl Table {
         let file = File::open(path).map_err(DataError::io(path, "read the data file"))?;
         let file = Whole { file, read: Arc::clone(read) };
         let open = || -> Result<_, ArrowError> {
-            let builder = ParquetRecordBatchReaderBuilder::try_new(file)?.with_batch_size(ROWS);
-            Ok((Arc::clone(builder.schema()), builder.build()?))
+            let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::default())?;
+            let (schema, all) = (Arc::clone(metadata.schema()), ProjectionMask::all());
+            let levels =
+                parquet_to_arrow_field_levels(metadata.parquet_schema(), all, Some(schema.fields()))?;
+            let pages = Sound(Arc::new(SerializedFileReader::new(file)?));
+            Ok((schema, ParquetRecordBatchReader::try_new_with_row_groups(&levels, &pages, ROWS, None)?))
         };
         let (schema, reader) = guarded(open)
             .and_then(|opened| opened.map_err(|error| told(&error)))
@@ -255,5 +264,71 @@ impl ChunkReader for Whole {
             return Ok(piece.into());
         }
         Err(ParquetError::EOF(format!("{length} bytes expected from byte {start}, {} found", piece.len())))
+    }
+}
+
+/// The pages of a Parquet file. Its reader makes room for as many values as a dictionary says it has: one that has not as many
+/// bytes is refused before.
+struct Sound(Arc<dyn FileReader>);
+
+impl RowGroups for Sound {
+    fn num_rows(&self) -> usize {
+        self.0.num_rows()
+    }
+
+    fn column_chunks(&self, column: usize) -> Result<Box<dyn PageIterator>, ParquetError> {
+        Ok(Box::new(SoundChunks(self.0.column_chunks(column)?)))
+    }
+
+    fn row_groups(&self) -> Box<dyn Iterator<Item = &RowGroupMetaData> + '_> {
+        self.0.row_groups()
+    }
+
+    fn metadata(&self) -> &ParquetMetaData {
+        RowGroups::metadata(&self.0)
+    }
+}
+
+struct SoundChunks(Box<dyn PageIterator>);
+
+impl Iterator for SoundChunks {
+    type Item = Result<Box<dyn PageReader>, ParquetError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let pages = self.0.next()?;
+        Some(pages.map(|pages| -> Box<dyn PageReader> { Box::new(SoundPages(pages)) }))
+    }
+}
+
+impl PageIterator for SoundChunks {}
+
+struct SoundPages(Box<dyn PageReader>);
+
+impl Iterator for SoundPages {
+    type Item = Result<Page, ParquetError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.get_next_page().transpose()
+    }
+}
+
+impl PageReader for SoundPages {
+    fn get_next_page(&mut self) -> Result<Option<Page>, ParquetError> {
+        let page = self.0.get_next_page()?;
+        match &page {
+            Some(Page::DictionaryPage { buf, num_values, .. }) if *num_values as usize > buf.len() => {
+                let told = format!("a dictionary is to hold {num_values} values in {} bytes", buf.len());
+                Err(ParquetError::General(told))
+            }
+            _ => Ok(page),
+        }
+    }
+
+    fn peek_next_page(&mut self) -> Result<Option<PageMetadata>, ParquetError> {
+        self.0.peek_next_page()
+    }
+
+    fn skip_next_page(&mut self) -> Result<(), ParquetError> {
+        self.0.skip_next_page()
     }
 }

@@ -383,6 +383,14 @@ fn columns_of_every_kind_are_read() {
     assert!(error.contains("the columns are instruction, input, output, score"), "{error}");
 }
 
+/// Found by fuzzing: its reader would have made room for 904 million values, 3.6 GB.
+#[test]
+fn a_dictionary_that_claims_more_than_it_has_is_refused() {
+    let error = read_file(&table("dictionary.parquet"), RecordFormat::Auto, &Columns::default()).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("a dictionary is to hold 904648623 values in "), "{error}");
+}
+
 /// Cut anywhere, or with a byte changed anywhere, a table is read or refused, and never read in part.
 #[test]
 fn damaged_tables_are_refused() {
