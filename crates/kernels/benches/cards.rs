@@ -172,7 +172,7 @@ fn operations(device: &Device, tokens: usize) {
         5 * numbers,
         clock(device, || both(&|x| rms_norm(x, &weight, 1e-5), &dy)),
     );
-    let gated = || drop(glu(wide.clone(), wide.clone(), Activation::Silu));
+    let gated = || drop(glu(wide.clone(), wide.clone(), Activation::Silu, Precision::F32));
     show("glu", 3 * tokens * 11_008, clock(device, gated));
     let positions: Vec<u32> = (0..tokens as u32).collect();
     let tables = Rotary::new(128, 1e4, RopeScaling::None).tables(&positions, device);

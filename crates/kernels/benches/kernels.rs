@@ -100,14 +100,16 @@ mod glu {
     #[divan::bench(args = [SMALL, LARGE])]
     fn forward(bencher: Bencher, shape: Shape) {
         let [gate, up] = [random([TOKENS, shape.inner]), random([TOKENS, shape.inner])];
-        let glu = || pronk_kernels::glu(gate.clone(), up.clone(), Activation::Silu);
+        let glu = || pronk_kernels::glu(gate.clone(), up.clone(), Activation::Silu, Precision::F32);
         bencher.counter(bytes_of(3 * TOKENS * shape.inner)).bench_local(glu);
     }
 
     #[divan::bench(args = [SMALL, LARGE])]
     fn gradient(bencher: Bencher, shape: Shape) {
         let [gate, up, dy] = [(); 3].map(|()| random([TOKENS, shape.inner]));
-        let glu = || pronk_kernels::glu(gate.clone().tracked(), up.clone().tracked(), Activation::Silu);
+        let glu = || {
+            pronk_kernels::glu(gate.clone().tracked(), up.clone().tracked(), Activation::Silu, Precision::F32)
+        };
         bencher.counter(bytes_of(8 * TOKENS * shape.inner)).bench_local(|| pull_back(&glu(), dy.clone()));
     }
 

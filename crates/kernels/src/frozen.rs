@@ -8,6 +8,7 @@
 mod cube;
 mod dense;
 mod format;
+mod gated;
 mod ggml;
 mod int8;
 mod layers;
@@ -18,10 +19,12 @@ mod operation;
 mod output;
 mod product;
 mod product_bf16;
+mod product_gated;
 mod weight;
 pub(crate) mod wide;
 
 pub use format::{Format, FrozenError};
+pub(crate) use gated::gated_products;
 pub use int8::quantize_int8;
 pub use layers::Update;
 pub(crate) use layers::{Layer, frozen_layers, updated};

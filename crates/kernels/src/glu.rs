@@ -3,17 +3,20 @@
 
 #[cfg(feature = "cube")]
 mod card;
-mod gates;
+pub(crate) mod gates;
+
+use std::sync::Arc;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
+use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
 use burn::tensor::Tensor;
 
-use crate::host::{Host, Loops, has_loops};
+use crate::frozen::Precision;
+use crate::host::{Host, Loops, filled, has_loops};
 use crate::plain;
 
 /// What a gate becomes before it multiplies. The names are those of `hidden_act`.
@@ -27,18 +30,20 @@ pub enum Activation {
 }
 
 /// The gated unit of a feed-forward, `activation(gate) * up`: `SwiGLU` or `GeGLU`
-/// (Shazeer 2020, <https://arxiv.org/abs/2002.05202>).
+/// (Shazeer 2020, <https://arxiv.org/abs/2002.05202>). What the way back needs is kept as `kept` says, where the numbers lie
+/// in this machine's memory, which is to be what products are rounded to.
 ///
 /// # Shapes
 /// - gate, up and result: `[tokens, intermediate]`
 ///
 /// # Panics
 /// Where the shapes do not fit.
-pub fn glu(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> {
+pub fn glu(gate: Tensor<2>, up: Tensor<2>, activation: Activation, kept: Precision) -> Tensor<2> {
     if !has_loops(&gate) {
         return plain::glu(gate, up, activation);
     }
-    Tensor::from_dispatch(Dispatch::glu(gate.into_dispatch(), up.into_dispatch(), activation))
+    let halves = kept.is_bf16_here();
+    Tensor::from_dispatch(Dispatch::glu(gate.into_dispatch(), up.into_dispatch(), activation, halves))
 }
 
 /// The operation, for backends with loops of our own.
@@ -50,53 +55,109 @@ pub fn glu(gate: Tensor<2>, up: Tensor<2>, activation: Activation) -> Tensor<2> 
 )]
 pub trait Glu: Backend {
     /// See [`glu`].
-    fn glu(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self>;
+    fn glu(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        activation: Activation,
+        halves: bool,
+    ) -> FloatTensor<Self>;
 }
 
 impl<B: Host> Glu for B {
-    fn glu(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+    fn glu(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        activation: Activation,
+        _: bool,
+    ) -> FloatTensor<Self> {
         let up = B::contiguous(up);
         B::rewrite(gate, |gate| gates::forward(gate, B::numbers(&up), activation)).0
     }
 }
 
+/// What the way back needs: the gates and what they gate.
+#[derive(Debug, Clone)]
+enum Kept<T> {
+    Whole(T, T),
+    /// In bf16.
+    Halves(Arc<Vec<u16>>),
+}
+
 /// The loops of the way back.
 trait GluLoops: Glu + Loops {
-    /// The gradients at `gate` and `up`, whose numbers are in order.
-    fn backward(
+    /// [`Glu::glu`] in bf16 with what is kept of it, where it can be.
+    fn forward_halves(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
+        activation: Activation,
+    ) -> (FloatTensor<Self>, Kept<FloatTensor<Self>>);
+
+    /// The gradients at `gate` and `up`, whose numbers are in order.
+    fn backward(
+        kept: Kept<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 }
 
 impl<B: Host> GluLoops for B {
-    fn backward(
+    fn forward_halves(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
+        activation: Activation,
+    ) -> (FloatTensor<Self>, Kept<FloatTensor<Self>>) {
+        let up = B::contiguous(up);
+        let (y, kept) = B::rewrite(gate, |gate| {
+            let up = B::numbers(&up);
+            filled(gates::kept_of(up.len()), |kept| gates::forward_kept(gate, up, kept, activation)).0
+        });
+        (y, Kept::Halves(Arc::new(kept)))
+    }
+
+    fn backward(
+        kept: Kept<FloatTensor<Self>>,
         dy: FloatTensor<Self>,
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let dy = B::contiguous(dy);
-        let (gate, (up, ())) = B::rewrite(gate, |gate| {
-            B::rewrite(up, |up| gates::backward(gate, up, B::numbers(&dy), activation))
-        });
-        (gate, up)
+        match kept {
+            Kept::Whole(gate, up) => {
+                let dy = B::contiguous(dy);
+                let (gate, (up, ())) = B::rewrite(gate, |gate| {
+                    B::rewrite(up, |up| gates::backward(gate, up, B::numbers(&dy), activation))
+                });
+                (gate, up)
+            }
+            Kept::Halves(kept) => {
+                let (shape, device) = (dy.shape(), dy.device());
+                let (up, (gate, ())) = B::rewrite(dy, |dy| {
+                    B::write(shape, &device, |gate| gates::backward_kept(&kept, dy, gate, activation))
+                });
+                (gate, up)
+            }
+        }
     }
 }
 
 impl<B: GluLoops, C: CheckpointStrategy> Glu for Autodiff<B, C> {
-    fn glu(gate: FloatTensor<Self>, up: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
+    fn glu(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        activation: Activation,
+        halves: bool,
+    ) -> FloatTensor<Self> {
         let operation = Recorded.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful();
         let (gate, up) = (gate.into_primitive(), up.into_primitive());
         match operation {
+            OpsKind::Tracked(prep) if halves => {
+                let (y, kept) = B::forward_halves(gate, up, activation);
+                prep.finish((kept, activation), y)
+            }
             OpsKind::Tracked(prep) => {
                 let (gate, up) = (B::contiguous(gate), B::contiguous(up));
-                let y = B::glu(gate.clone(), up.clone(), activation);
-                prep.finish((gate, up, activation), y)
+                let y = B::glu(gate.clone(), up.clone(), activation, false);
+                prep.finish((Kept::Whole(gate, up), activation), y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::glu(gate, up, activation)),
+            OpsKind::UnTracked(prep) => prep.finish(B::glu(gate, up, activation, halves)),
         }
     }
 }
@@ -106,13 +167,12 @@ impl<B: GluLoops, C: CheckpointStrategy> Glu for Autodiff<B, C> {
 struct Recorded;
 
 impl<B: GluLoops> Backward<B, 2> for Recorded {
-    /// The gate, what it gates, and how.
-    type State = (FloatTensor<B>, FloatTensor<B>, Activation);
+    type State = (Kept<FloatTensor<B>>, Activation);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (gate, up, activation) = ops.state;
+        let (kept, activation) = ops.state;
         let dy = grads.consume::<B>(&ops.node);
-        let (gate, up) = <B as GluLoops>::backward(gate, up, dy, activation);
+        let (gate, up) = <B as GluLoops>::backward(kept, dy, activation);
         for (parent, gradient) in ops.parents.into_iter().zip([gate, up]) {
             if let Some(parent) = parent {
                 grads.register::<B>(parent.id, gradient);

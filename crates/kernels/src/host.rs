@@ -71,7 +71,7 @@ pub trait Host: Loops<Numbers = Vec<f32>> {
 }
 
 /// As many numbers as `f` writes, which is all of them.
-pub fn filled<R>(length: usize, f: impl FnOnce(&mut [MaybeUninit<f32>]) -> R) -> (Vec<f32>, R) {
+pub fn filled<T, R>(length: usize, f: impl FnOnce(&mut [MaybeUninit<T>]) -> R) -> (Vec<T>, R) {
     let mut numbers = Vec::with_capacity(length);
     let result = f(&mut numbers.spare_capacity_mut()[..length]);
     // SAFETY: there is room for so many, and `f` has written them.

@@ -4,9 +4,10 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::direction::Direction;
 use crate::frozen::{
-    FrozenMatrix, FrozenWeight, Layer, Precision, Update, frozen_layers, frozen_product, unread_product,
-    updated,
+    FrozenMatrix, FrozenWeight, Layer, Precision, Update, frozen_layers, frozen_product, gated_products,
+    unread_product, updated,
 };
+use crate::glu::Activation;
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]
@@ -34,6 +35,14 @@ impl FrozenLinear {
     /// dequantize a tile of it at a time and round their factors to `precision`.
     pub fn on_host(weight: Arc<FrozenMatrix>, precision: Precision, bias: Option<Tensor<1>>) -> Self {
         Self { weight: Weight::Frozen(FrozenWeight::Host(weight), precision), bias }
+    }
+
+    /// What factors of its products are rounded to.
+    pub fn precision(&self) -> Precision {
+        match &self.weight {
+            Weight::Dense(_) => Precision::F32,
+            Weight::Frozen(_, precision) => *precision,
+        }
     }
 
     /// Features of the input.
@@ -114,6 +123,23 @@ impl FrozenLinear {
             updated(layer.product(x.clone()), x.clone(), update, onto.clone())
         };
         layers.into_iter().map(product).collect()
+    }
+
+    /// `activation(gate(x)) * up(x)` in one operation, of layers without a bias whose products are in bf16, where there is
+    /// such an operation: it keeps their results in bf16 too.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - result: `[tokens, out]`
+    pub fn gated([gate, up]: [&Self; 2], x: &Tensor<2>, activation: Activation) -> Option<Tensor<2>> {
+        match (&gate.weight, &up.weight) {
+            (Weight::Frozen(g, Precision::Bf16), Weight::Frozen(u, Precision::Bf16))
+                if gate.bias.is_none() && up.bias.is_none() =>
+            {
+                gated_products(x, [g, u], activation)
+            }
+            _ => None,
+        }
     }
 
     /// `y + b`, or `y` where there is no bias.

@@ -2,7 +2,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{Dropout, FrozenLinear, Scaling, Update, add_low_rank, residual};
+use pronk_kernels::{
+    Activation, Dropout, FrozenLinear, Precision, Scaling, Update, add_low_rank, glu, residual,
+};
 
 use crate::dora::weight_norms;
 use crate::{Adapter, LoraPair, WeightNorms};
@@ -69,6 +71,11 @@ impl LoraLinear {
         &self.name
     }
 
+    /// What factors of the base's products are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.base.precision()
+    }
+
     /// The same layer with its weight on `device`.
     #[must_use]
     pub fn on_device(&self, device: &Device) -> Self {
@@ -82,7 +89,7 @@ impl LoraLinear {
     /// # Shapes
     /// - x: `[tokens, in]`
     /// - result: `[tokens, out]`
-    pub fn forward(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+    pub fn forward(&self, x: &Tensor<2>, mode: ForwardMode) -> Tensor<2> {
         let [y] = Self::forward_all([self], x, mode);
         y
     }
@@ -94,15 +101,35 @@ impl LoraLinear {
     /// - each result: `[tokens, out]`, of its layer
     pub fn forward_all<const N: usize>(
         layers: [&Self; N],
-        x: Tensor<2>,
+        x: &Tensor<2>,
         mode: ForwardMode,
     ) -> [Tensor<2>; N] {
         let products = layers.map(|layer| (&layer.base, layer.update(mode)));
         let mut products = FrozenLinear::products(products.into(), x.clone(), None).into_iter();
         layers.map(|layer| {
             let y = products.next().unwrap_or_else(|| unreachable!("a product of every layer"));
-            layer.finished(y, &x, mode)
+            layer.finished(y, x, mode)
         })
+    }
+
+    /// `activation(gate(x)) * up(x)`, in one operation where no adapter sits on either.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - result: `[tokens, out]`
+    pub fn gated(layers: [&Self; 2], x: Tensor<2>, activation: Activation, mode: ForwardMode) -> Tensor<2> {
+        let bare = |layer: &Self| layer.pair(mode).is_none() && layer.trained_bias(mode).is_none();
+        if layers.into_iter().all(bare)
+            && let Some(y) = FrozenLinear::gated(layers.map(|layer| &layer.base), &x, activation)
+        {
+            for layer in layers {
+                layer.keep_input(&x, mode);
+            }
+            return y;
+        }
+        let [gate, up] = Self::forward_all(layers, &x, mode);
+        drop(x); // the block's largest tensors are still to come
+        glu(gate, up, activation, layers[0].precision())
     }
 
     /// `stream` with [`Self::forward`] added to it.
@@ -110,14 +137,14 @@ impl LoraLinear {
     /// # Shapes
     /// - x: `[tokens, in]`
     /// - stream and result: `[tokens, out]`
-    pub fn forward_onto(&self, stream: Tensor<2>, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
+    pub fn forward_onto(&self, stream: Tensor<2>, x: &Tensor<2>, mode: ForwardMode) -> Tensor<2> {
         if self.pair(mode).is_some_and(|pair| pair.magnitude.is_some()) {
             return residual(stream, self.forward(x, mode));
         }
         let layer = vec![(&self.base, self.update(mode))];
         let mut sum = FrozenLinear::products(layer, x.clone(), Some(stream));
         let sum = sum.pop().unwrap_or_else(|| unreachable!("a product of the layer"));
-        self.finished(sum, &x, mode)
+        self.finished(sum, x, mode)
     }
 
     /// What an adapter adds to the product of the base with the whole input.
@@ -130,9 +157,7 @@ impl LoraLinear {
 
     /// All that follows a product with its update.
     fn finished(&self, y: Tensor<2>, x: &Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        if let Some(inputs) = mode.inputs {
-            inputs.keep(&self.name, x);
-        }
+        self.keep_input(x, mode);
         let Some(pair) = self.pair(mode) else { return self.add_bias(y, mode) };
         let Some(magnitude) = &pair.magnitude else {
             return self.add_bias(without_start(y, x.clone(), pair), mode);
@@ -150,6 +175,12 @@ impl LoraLinear {
         self.add_bias(unchanged + changed * stretch, mode)
     }
 
+    fn keep_input(&self, x: &Tensor<2>, mode: ForwardMode) {
+        if let Some(inputs) = mode.inputs {
+            inputs.keep(&self.name, x);
+        }
+    }
+
     fn pair<'a>(&self, mode: ForwardMode<'a>) -> Option<&'a LoraPair> {
         mode.adapter.and_then(|adapter| adapter.pairs.get(&self.name))
     }
@@ -162,7 +193,7 @@ impl LoraLinear {
     /// - result: `[tokens, out]`
     pub fn forward_unread(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
         if self.pair(mode).is_some_and(|pair| pair.magnitude.is_some()) {
-            return self.forward(x, mode);
+            return self.forward(&x, mode);
         }
         let y = self.base.forward_unread(x.clone());
         let y = if self.trained_bias(mode).is_some() { self.add_bias(y, mode) } else { y };

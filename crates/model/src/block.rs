@@ -70,7 +70,7 @@ impl Block {
     ) -> Tensor<2> {
         let x = self.attended(x, layout, mode, cache);
         let [x, h] = rms_norm_beside(x, &self.feed_forward_norms.before, self.rms_norm_eps);
-        self.onto(x, &self.down_proj, self.gated(h, mode), &self.feed_forward_norms, mode)
+        self.onto(x, &self.down_proj, &self.gated(h, mode), &self.feed_forward_norms, mode)
     }
 
     /// The graph of [`Self::forward`] for gradients alone: nobody reads its output, and the last product
@@ -96,7 +96,7 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
         let [x, h] = rms_norm_beside(x, &self.attention_norms.before, self.rms_norm_eps);
-        self.onto(x, &self.o_proj, self.attention(h, layout, mode, cache), &self.attention_norms, mode)
+        self.onto(x, &self.o_proj, &self.attention(h, layout, mode, cache), &self.attention_norms, mode)
     }
 
     /// `x + layer(h)`, with the norm between where there is one.
@@ -104,7 +104,7 @@ impl Block {
         &self,
         x: Tensor<2>,
         layer: &LoraLinear,
-        h: Tensor<2>,
+        h: &Tensor<2>,
         norms: &NormsAround,
         mode: ForwardMode,
     ) -> Tensor<2> {
@@ -174,8 +174,12 @@ impl Block {
 
     /// What the feed-forward projects down.
     fn gated(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        let [gate, up] = self.gate_up.forward(&x, mode);
-        drop(x);
-        glu(gate, up, self.activation)
+        match &self.gate_up {
+            Projections::Apart([gate, up]) => LoraLinear::gated([gate, up], x, self.activation, mode),
+            Projections::Packed(layer, _) => {
+                let [gate, up] = self.gate_up.forward(&x, mode);
+                glu(gate, up, self.activation, layer.precision())
+            }
+        }
     }
 }

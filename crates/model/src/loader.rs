@@ -27,9 +27,7 @@ pub struct LoadConfig {
 impl LoadConfig {
     /// Whether wider floats become bf16 once, at load, rather than at every product.
     fn rounds_at_load(self) -> bool {
-        self.weights == Residency::Resident
-            && self.precision == Precision::Bf16
-            && Precision::fastest() == Precision::Bf16
+        self.weights == Residency::Resident && self.precision.is_bf16_here()
     }
 
     /// The format that a matrix is kept in while it computes, and its bytes.
@@ -80,6 +78,8 @@ impl Memory {
 pub struct WeightBytes {
     /// Where they are.
     pub memory: Memory,
+    /// What factors of products with them are rounded to.
+    pub precision: Precision,
     /// Of those that are there while blocks compute: everything, or where blocks are streamed the largest
     /// block. A card holds the output projection all the time.
     pub resident: u64,
@@ -132,7 +132,7 @@ impl WeightBytes {
             (Residency::Streamed, block) if memory == Memory::Card => (block + rest, rest),
             (Residency::Streamed, block) => (block, rest),
         };
-        Ok(Self { memory, resident, streamed_head, dense: dense as u64 })
+        Ok(Self { memory, precision: config.precision, resident, streamed_head, dense: dense as u64 })
     }
 }
 

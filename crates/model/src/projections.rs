@@ -18,9 +18,9 @@ impl<const N: usize> Projections<N> {
     /// - each result: `[tokens, out]`, of its layer
     pub fn forward(&self, x: &Tensor<2>, mode: ForwardMode) -> [Tensor<2>; N] {
         match self {
-            Self::Apart(layers) => LoraLinear::forward_all(layers.each_ref(), x.clone(), mode),
+            Self::Apart(layers) => LoraLinear::forward_all(layers.each_ref(), x, mode),
             Self::Packed(layer, parts) => {
-                let y = layer.forward(x.clone(), mode);
+                let y = layer.forward(x, mode);
                 let mut start = 0;
                 parts.each_ref().map(|(name, width)| {
                     let part = y.clone().narrow(1, start, *width);

@@ -90,6 +90,8 @@ pub struct Shapes {
     weights: WeightBytes,
     /// Last parts of the names of adapted layers, such as `q_proj`.
     adapted: BTreeSet<String>,
+    /// Whether the products of a feed-forward are kept in bf16.
+    half_gates: bool,
     /// Outputs of a block's layers with `DoRA`, which are kept in front of their magnitudes.
     dora_outputs: usize,
     /// Whether the factors that the adapter started from are kept beside it.
@@ -136,6 +138,7 @@ impl Shapes {
         Ok(Self {
             model: model.clone(),
             weights,
+            half_gates: weights.memory == Memory::Host && weights.precision.is_bf16_here(),
             // Dropout has the base multiplied with what it leaves as well.
             dora_outputs: magnitudes(outputs.values().sum()) * if lora.dropout > 0.0 { 2 } else { 1 },
             keeps_start: lora.init_lora_weights.keeps_start(),
@@ -242,15 +245,21 @@ impl Shapes {
         let attention = hidden * (1 + adapted(&["q_proj", "k_proj", "v_proj", "qkv_proj"])) // the norm's input and output
             + 2 * q + 2 * kv; // q, k, v and the result
         let feed_forward = hidden * (1 + adapted(&["gate_proj", "up_proj", "gate_up_proj"]))
-            + model.intermediate_size * (2 + adapted(&["down_proj"])); // gate, up, their product
+            + model.intermediate_size * (self.gates() + adapted(&["down_proj"])); // gate, up, what they become
         let norms = hidden * model.norms_of_outputs() + if model.norms_heads() { q + kv } else { 0 };
         (work.tokens * (attention + feed_forward + norms + self.dora_outputs)) as u64 * FLOAT
     }
 
-    /// What the backward pass of a block holds beside its graph: the gradients of the widest layer, and on a card
-    /// scores of attention.
+    /// Numbers of a float32's size that are kept of a gate and what it gates.
+    fn gates(&self) -> usize {
+        if self.half_gates { 1 } else { 2 }
+    }
+
+    /// What the backward pass of a block holds beside its graph: the gradients of the widest layer, those of its gates
+    /// as they are kept themselves, and on a card scores of attention.
     fn backward(&self, work: Workload) -> u64 {
-        let numbers = work.tokens * (3 * self.model.intermediate_size + 2 * self.model.hidden_size);
+        let intermediate = (1 + self.gates()) * self.model.intermediate_size;
+        let numbers = work.tokens * (intermediate + 2 * self.model.hidden_size);
         let heads = self.model.num_attention_heads;
         let scores = if self.on_card() { attention_bytes_on_card(heads, work.pairs) } else { 0 };
         numbers as u64 * FLOAT + scores as u64
@@ -269,6 +278,7 @@ impl Shapes {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use pronk_kernels::Precision;
     use pronk_lora::InitLoraWeights;
 
     use super::*;
@@ -281,8 +291,11 @@ pub(crate) mod tests {
         let config = r#"{"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4,
             "num_attention_heads": 4, "model_type": "llama"}"#;
         let model = DecoderConfig::from_json(config.as_bytes()).unwrap();
-        let weights = WeightBytes { memory: Memory::Host, resident: 1 << 20, streamed_head: 0, dense: 0 };
-        Shapes::new(&model, weights, lora).unwrap()
+        Shapes::new(&model, weights(Precision::F32), lora).unwrap()
+    }
+
+    fn weights(precision: Precision) -> WeightBytes {
+        WeightBytes { memory: Memory::Host, precision, resident: 1 << 20, streamed_head: 0, dense: 0 }
     }
 
     #[test]
@@ -347,6 +360,17 @@ pub(crate) mod tests {
         let few = all.footprint(work, 4).kept_graphs;
         all.adapted.extend(["gate_proj", "down_proj"].map(str::to_owned));
         assert_eq!(all.footprint(work, 4).kept_graphs - few, 4 * 100 * (64 + 256) * FLOAT);
+    }
+
+    #[test]
+    fn gates_are_kept_as_products_are_rounded() {
+        let work = Workload { tokens: 100, supervised: 50, pairs: 10_000 };
+        let graphs = |precision| {
+            let shapes = Shapes::new(&shapes().model, weights(precision), &LoraConfig::default()).unwrap();
+            shapes.footprint(work, 4).kept_graphs
+        };
+        let saved = if Precision::fastest() == Precision::Bf16 { 4 * 100 * 256 * FLOAT } else { 0 };
+        assert_eq!(graphs(Precision::F32) - graphs(Precision::Bf16), saved);
     }
 
     /// Scores of 4 heads, while a block's backward pass runs; one dense matrix, all the time.

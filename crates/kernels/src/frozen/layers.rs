@@ -306,8 +306,7 @@ fn record<B: Products, C: CheckpointStrategy, const N: usize, const P: usize>(
     let node = match operation {
         OpsKind::Tracked(prep) => {
             let (onto, x) = (layers.onto.is_some(), low.iter().any(Option::is_some).then_some(x));
-            let layers = layers.layers.into_iter().zip(low).collect();
-            prep.finish(Saved { x, layers, onto, arrived: arrived.clone() }, nothing)
+            prep.finish(Saved { x, layers: layers.layers, low, onto, arrived: arrived.clone() }, nothing)
         }
         OpsKind::UnTracked(prep) => prep.finish(nothing),
     };
@@ -320,8 +319,9 @@ fn record<B: Products, C: CheckpointStrategy, const N: usize, const P: usize>(
 struct Saved<B: Products, const N: usize> {
     /// The input, where an adapter reads it.
     x: Option<FloatTensor<B>>,
-    /// Each with `scale * dropout(x) A^T` of its adapter.
-    layers: Vec<(Layer<FloatTensor<B>>, Option<B::Numbers>)>,
+    layers: Vec<Layer<FloatTensor<B>>>,
+    /// `scale * dropout(x) A^T` of every adapter.
+    low: Vec<Option<B::Numbers>>,
     /// Whether the product was added to something.
     onto: bool,
     arrived: Arrived<FloatTensor<B>, N>,
@@ -335,15 +335,15 @@ impl<B: Products, const N: usize, const P: usize> Backward<B, P> for Recorded<N>
     type State = Saved<B, N>;
 
     fn backward(self, ops: Ops<Self::State, P>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let Saved { x, layers, onto, arrived } = ops.state;
+        let Saved { x, layers, low, onto, arrived } = ops.state;
         grads.consume::<B>(&ops.node);
         let dys = arrived.take().map(|dy| dy.map(B::contiguous));
         let wanted = ops.parents.each_ref().map(Option::is_some);
         let mut gradients = [const { None }; P];
         gradients[1] = dys[0].clone().filter(|_| onto);
-        let terms = layers.iter().zip(&dys).filter_map(|((layer, _), dy)| Some((layer, dy.clone()?)));
+        let terms = layers.iter().zip(&dys).filter_map(|(layer, dy)| Some((layer, dy.clone()?)));
         let mut dx = wanted[0].then(|| B::sum_of_products(&terms.collect::<Vec<_>>())).flatten();
-        for (i, ((layer, low), dy)) in layers.iter().zip(&dys).enumerate() {
+        for (i, ((layer, low), dy)) in layers.iter().zip(&low).zip(&dys).enumerate() {
             let (Some(x), Some(dy), Some(low), Some(update)) = (&x, dy, low, &layer.update) else { continue };
             let factors = [2 + 2 * i, 3 + 2 * i];
             let wanted = [wanted[0], wanted[factors[0]], wanted[factors[1]]];

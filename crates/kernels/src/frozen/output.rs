@@ -10,35 +10,40 @@ use crate::scratch::grown;
 
 /// Rows of an output that tasks write disjoint columns of.
 #[derive(Clone, Copy)]
-pub(super) struct Columns<'a> {
-    start: *mut f32,
+pub(super) struct Columns<'a, T = f32> {
+    start: *mut T,
     rows: usize,
     width: usize,
     /// What the numbers are added to, if anything.
-    onto: Option<&'a [f32]>,
-    numbers: PhantomData<&'a mut [f32]>,
+    onto: Option<&'a [T]>,
+    numbers: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: writing is unsafe and asks for disjoint columns.
 #[allow(unsafe_code)]
-unsafe impl Send for Columns<'_> {}
+unsafe impl<T: Send> Send for Columns<'_, T> {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
-unsafe impl Sync for Columns<'_> {}
+unsafe impl<T: Sync> Sync for Columns<'_, T> {}
 
-impl<'a> Columns<'a> {
-    /// All of an output, in rows of `width`, whose numbers are added to those of `onto` where there are such.
+impl<'a, T: Copy> Columns<'a, T> {
+    /// All of an output, in rows of `width`.
+    pub(super) fn of(output: &'a mut [MaybeUninit<T>], width: usize) -> Self {
+        let (start, rows) = (output.as_mut_ptr().cast(), output.len() / width);
+        Self { start, rows, width, onto: None, numbers: PhantomData }
+    }
+
+    /// The same, to be added to `onto`, where that is there.
     ///
     /// # Panics
-    /// Where these are not as many.
-    pub(super) fn of(output: &'a mut [MaybeUninit<f32>], width: usize, onto: Option<&'a [f32]>) -> Self {
-        assert!(onto.is_none_or(|onto| onto.len() == output.len()), "a number for every number");
-        let (start, rows) = (output.as_mut_ptr().cast(), output.len() / width);
-        Self { start, rows, width, onto, numbers: PhantomData }
+    /// Where there are not as many numbers.
+    pub(super) fn added_to(self, onto: Option<&'a [T]>) -> Self {
+        assert!(onto.is_none_or(|onto| onto.len() == self.rows * self.width), "a number for every number");
+        Self { onto, ..self }
     }
 
     /// Where `columns` of `row` begin.
-    pub(super) fn at(self, row: usize, columns: &Range<usize>) -> *mut f32 {
+    pub(super) fn at(self, row: usize, columns: &Range<usize>) -> *mut T {
         assert!(row < self.rows && columns.start <= columns.end && columns.end <= self.width);
         // SAFETY: within the output by the assertion.
         #[allow(unsafe_code)]
@@ -47,6 +52,40 @@ impl<'a> Columns<'a> {
         }
     }
 
+    /// Writes `columns` of `row`, whatever they are to be added to.
+    ///
+    /// # Safety
+    /// No other task touches these columns.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn copy(self, row: usize, columns: &Range<usize>, numbers: &[T]) {
+        let start = self.at(row, columns);
+        assert_eq!(numbers.len(), columns.len(), "a number for every column");
+        // SAFETY: within the columns that `at` has checked, and nobody else's.
+        unsafe { start.copy_from_nonoverlapping(numbers.as_ptr(), numbers.len()) };
+    }
+
+    /// What `columns` of `row` are added to.
+    fn row_onto(self, row: usize, columns: &Range<usize>) -> Option<&'a [T]> {
+        self.onto.map(|onto| &onto[row * self.width..][..self.width][columns.clone()])
+    }
+
+    /// Writes what `columns` are added to, so that a product has to be added there; false where that is nothing.
+    ///
+    /// # Safety
+    /// No other task touches these columns.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn lay(self, columns: &Range<usize>) -> bool {
+        for row in 0..self.rows {
+            if let Some(onto) = self.row_onto(row, columns) {
+                // SAFETY: by what is asked for.
+                unsafe { self.copy(row, columns, onto) };
+            }
+        }
+        self.onto.is_some()
+    }
+}
+
+impl Columns<'_> {
     /// Where `columns` of `rows` begin, where these are 32 of each.
     pub(super) fn block(self, rows: &Range<usize>, columns: &Range<usize>) -> Option<Sums> {
         assert!(rows.end <= self.rows);
@@ -61,39 +100,19 @@ impl<'a> Columns<'a> {
         Some(Sums { start: onto.as_ptr().cast_mut(), ..block })
     }
 
-    /// What `columns` of `row` are added to.
-    fn row_onto(self, row: usize, columns: &Range<usize>) -> Option<&'a [f32]> {
-        self.onto.map(|onto| &onto[row * self.width..][..self.width][columns.clone()])
-    }
-
-    /// Writes `columns` of `row`.
+    /// Writes `columns` of `row`, added to what they are to be added to.
     ///
     /// # Safety
     /// No other task touches these columns.
     #[allow(unsafe_code)]
     pub(super) unsafe fn write(self, row: usize, columns: &Range<usize>, numbers: &[f32]) {
-        let start = self.at(row, columns);
-        assert_eq!(numbers.len(), columns.len(), "a number for every column");
-        for (i, x) in numbers.iter().enumerate() {
-            let sum = self.row_onto(row, columns).map_or(*x, |onto| onto[i] + x);
-            // SAFETY: within the columns that `at` has checked, and nobody else's.
-            unsafe { start.add(i).write(sum) };
-        }
-    }
-
-    /// Writes what `columns` are added to, so that a product has to be added there; false where that is nothing.
-    ///
-    /// # Safety
-    /// No other task touches these columns.
-    #[allow(unsafe_code)]
-    pub(super) unsafe fn lay(self, columns: &Range<usize>) -> bool {
-        for row in 0..self.rows {
-            if let Some(onto) = self.row_onto(row, columns) {
-                // SAFETY: within the columns that `at` has checked, and nobody else's.
-                unsafe { self.at(row, columns).copy_from_nonoverlapping(onto.as_ptr(), onto.len()) };
-            }
-        }
-        self.onto.is_some()
+        let Some(onto) = self.row_onto(row, columns) else {
+            // SAFETY: by what is asked for.
+            return unsafe { self.copy(row, columns, numbers) };
+        };
+        let sums: Vec<f32> = onto.iter().zip(numbers).map(|(x, y)| x + y).collect();
+        // SAFETY: as above.
+        unsafe { self.copy(row, columns, &sums) };
     }
 }
 
@@ -132,7 +151,7 @@ mod tests {
     fn threads_fill_an_output_column_by_column() {
         let (found, ()) = filled(5 * WIDTH, |output| {
             for (batch, output) in output.chunks_mut(3 * WIDTH).enumerate() {
-                let all = Columns::of(output, WIDTH, None);
+                let all = Columns::of(output, WIDTH);
                 std::thread::scope(|threads| {
                     for columns in [0..1, 1..4, 4..WIDTH] {
                         threads.spawn(move || {
@@ -156,7 +175,7 @@ mod tests {
 
     #[test]
     fn an_output_without_numbers_is_one() {
-        let (found, rows) = filled(0, |output| Columns::of(output, WIDTH, None).rows);
+        let (found, rows) = filled(0, |output| Columns::<f32>::of(output, WIDTH).rows);
         assert!(found.is_empty() && rows == 0);
     }
 
@@ -167,20 +186,20 @@ mod tests {
     #[test]
     #[should_panic(expected = "columns.end <= self.width")]
     fn columns_behind_the_last_are_refused() {
-        Columns::of(&mut output(2, WIDTH), WIDTH, None).at(0, &(0..WIDTH + 1));
+        Columns::of(&mut output(2, WIDTH), WIDTH).at(0, &(0..WIDTH + 1));
     }
 
     #[test]
     #[should_panic(expected = "row < self.rows")]
     fn rows_behind_the_last_are_refused() {
-        Columns::of(&mut output(2, WIDTH), WIDTH, None).at(2, &(0..1));
+        Columns::of(&mut output(2, WIDTH), WIDTH).at(2, &(0..1));
     }
 
     /// Blocks of 32 x 32 alone are multiplied right to where they belong.
     #[test]
     fn only_whole_blocks_have_a_place() {
         let mut output = output(BLOCK, 2 * BLOCK);
-        let all = Columns::of(&mut output, 2 * BLOCK, None);
+        let all = Columns::of(&mut output, 2 * BLOCK);
         assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK)).is_some_and(|sums| sums.stride == 2 * BLOCK));
         assert!(all.block(&(0..BLOCK), &(BLOCK..2 * BLOCK - 1)).is_none());
         assert!(all.block(&(1..BLOCK), &(0..BLOCK)).is_none());

@@ -35,10 +35,15 @@ impl Precision {
     pub fn fastest() -> Self {
         if Bf16Unit::detect().is_some() { Self::Bf16 } else { Self::F32 }
     }
+
+    /// Whether products on this processor are in bf16.
+    pub fn is_bf16_here(self) -> bool {
+        self == Self::Bf16 && Self::fastest() == Self::Bf16
+    }
 }
 
 /// Activation rows at a time: what a thread sums up stays in its own cache.
-const TOKENS: usize = 1024;
+pub(super) const TOKENS: usize = 1024;
 /// Rows of the matrix that one task of few tokens multiplies.
 const ROWS: usize = BLOCK;
 /// About how many columns of the output a task computes, where that leaves work for every core: of fewer, reading the
@@ -46,7 +51,7 @@ const ROWS: usize = BLOCK;
 /// A multiple of every format's block.
 const COLUMNS: usize = 256;
 /// Up to here a product is a few dot products a row, and packing would cost more than it saves.
-const FEW_TOKENS: usize = 4;
+pub(super) const FEW_TOKENS: usize = 4;
 
 impl FrozenMatrix {
     /// `x W^T`.
@@ -141,7 +146,7 @@ pub(super) fn forward(
         let places = products.iter_mut().filter_map(|(w, chunks)| {
             let ([rows, _], out) = (w.shape(), chunks.next()?);
             let onto = onto.map(|onto| &onto[i * TOKENS * rows..][..out.len()]);
-            Some((*w, Columns::of(out, rows, onto)))
+            Some((*w, Columns::of(out, rows).added_to(onto)))
         });
         let places: Vec<_> = places.collect();
         match unit_for(precision) {
@@ -175,7 +180,7 @@ pub(super) fn backward(
             (w, &dy[i * TOKENS * rows..][..tokens * rows])
         });
         let terms: Vec<_> = here.collect();
-        let dx = Columns::of(out, cols, None);
+        let dx = Columns::of(out, cols);
         match unit_for(precision) {
             Some(unit) => backward_bf16(unit, &terms, dx),
             None => backward_f32(&terms, dx),
@@ -240,7 +245,8 @@ fn forward_f32(w: &FrozenMatrix, x: &[f32], y: Columns) {
 /// A tile of columns of each matrix is dequantized a few rows at a time, then `dx[:, tile] += dy W[:, tile]`.
 fn backward_f32(terms: &[(&FrozenMatrix, &[f32])], dx: Columns) {
     let cols = terms[0].0.shape()[1];
-    let columns = columns_a_task(cols, column_step(terms));
+    let matrices: Vec<_> = terms.iter().map(|(w, _)| *w).collect();
+    let columns = columns_a_task(cols, column_step(&matrices));
     (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
         let here = task * columns..cols.min((task + 1) * columns);
         for (i, &(w, dy)) in terms.iter().enumerate() {
@@ -313,8 +319,8 @@ pub(super) fn columns_a_task(width: usize, step: usize) -> usize {
 }
 
 /// What the columns of a task on the way back have to be a multiple of.
-pub(super) fn column_step<T>(terms: &[(&FrozenMatrix, T)]) -> usize {
-    terms.iter().map(|(w, _)| w.column_step()).fold(BLOCK, usize::max)
+pub(super) fn column_step(matrices: &[&FrozenMatrix]) -> usize {
+    matrices.iter().map(|w| w.column_step()).fold(BLOCK, usize::max)
 }
 
 #[cfg(test)]

@@ -17,9 +17,9 @@ use crate::scratch::grown;
 /// A multiple of every format's block.
 const BLOCKS_OF_ALL: usize = 256;
 /// About how many columns are dequantized at a time in `forward`.
-const FORWARD_DEPTH: usize = 512;
+pub(super) const FORWARD_DEPTH: usize = 512;
 /// About how many rows are dequantized at a time in `backward`.
-const BACKWARD_DEPTH: usize = 512;
+pub(super) const BACKWARD_DEPTH: usize = 512;
 
 /// `x W^T` of matrices of one width, each to the place beside it. Activations are packed once.
 pub(super) fn forward_bf16(unit: Bf16Unit, products: &[(&FrozenMatrix, Columns)], x: &[f32]) {
@@ -31,7 +31,7 @@ pub(super) fn forward_bf16(unit: Bf16Unit, products: &[(&FrozenMatrix, Columns)]
         (0..rows).step_by(columns).map(move |start| (w, y, start..rows.min(start + columns)))
     });
     let tasks: Vec<_> = tasks.collect();
-    packed(unit, &[(x, cols)], FORWARD_DEPTH, |left| {
+    packed_activations(unit, &[(x, cols)], FORWARD_DEPTH, |left| {
         tasks.into_par_iter().for_each(|(w, y, here)| {
             let task = Task { unit, pack: turned_rows, tokens: x.len() / cols, here };
             task.run(&[(w, &left[0])], y);
@@ -41,16 +41,27 @@ pub(super) fn forward_bf16(unit: Bf16Unit, products: &[(&FrozenMatrix, Columns)]
 
 /// The sum of `dy W` over matrices of one width, each with its `dy`.
 pub(super) fn backward_bf16(unit: Bf16Unit, terms: &[(&FrozenMatrix, &[f32])], dx: Columns) {
-    let [rows, cols] = terms[0].0.shape();
+    let [rows, _] = terms[0].0.shape();
     let tokens = terms[0].1.len() / rows;
-    let columns = columns_a_task(cols, column_step(terms));
     let dys: Vec<_> = terms.iter().map(|(w, dy)| (*dy, w.shape()[0])).collect();
-    packed(unit, &dys, BACKWARD_DEPTH, |left| {
-        let terms: Vec<_> = terms.iter().map(|(w, _)| *w).zip(left).collect();
-        (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
-            let here = task * columns..cols.min((task + 1) * columns);
-            Task { unit, pack: paired_rows, tokens, here }.run(&terms, dx);
-        });
+    let matrices: Vec<_> = terms.iter().map(|(w, _)| *w).collect();
+    packed_activations(unit, &dys, BACKWARD_DEPTH, |left| sum_of_products(unit, &matrices, left, tokens, dx));
+}
+
+/// The same, with every `dy` packed.
+pub(super) fn sum_of_products(
+    unit: Bf16Unit,
+    matrices: &[&FrozenMatrix],
+    left: &[Packed],
+    tokens: usize,
+    dx: Columns,
+) {
+    let [_, cols] = matrices[0].shape();
+    let columns = columns_a_task(cols, column_step(matrices));
+    let terms: Vec<_> = matrices.iter().copied().zip(left).collect();
+    (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
+        let here = task * columns..cols.min((task + 1) * columns);
+        Task { unit, pack: paired_rows, tokens, here }.run(&terms, dx);
     });
 }
 
@@ -158,10 +169,25 @@ fn depth_a_pass(about: usize, summed: usize) -> usize {
 }
 
 /// Has `multiply` do so with `activations`, each with the width of its rows, packed for passes of about `depth`.
-fn packed<R>(
+pub(super) fn packed_activations<R>(
     unit: Bf16Unit,
     activations: &[(&[f32], usize)],
     depth: usize,
+    multiply: impl FnOnce(&[Packed]) -> R,
+) -> R {
+    let cuts: Vec<_> = activations.iter().map(|(x, width)| Cut::new(x.len(), *width, depth)).collect();
+    let pack = |memory: Vec<&mut [u16]>| {
+        for ((&(x, width), cut), memory) in activations.iter().zip(&cuts).zip(memory) {
+            cut.pack(unit, x, width, memory);
+        }
+    };
+    packed_by(&cuts, pack, multiply)
+}
+
+/// Has `multiply` do so with what `pack` writes to as many pieces of memory as there are cuts.
+pub(super) fn packed_by<R>(
+    cuts: &[Cut],
+    pack: impl FnOnce(Vec<&mut [u16]>),
     multiply: impl FnOnce(&[Packed]) -> R,
 ) -> R {
     thread_local! {
@@ -169,33 +195,29 @@ fn packed<R>(
         static MEMORY: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
     }
     let mut memory = MEMORY.take();
-    let cuts: Vec<_> = activations.iter().map(|(x, width)| Cut::new(x.len(), *width, depth)).collect();
     let mut rest = grown(&mut memory, cuts.iter().map(Cut::numbers).sum());
-    let pack = |(&(x, width), cut): (&(&[f32], usize), Cut)| {
-        let (here, others) = std::mem::take(&mut rest).split_at_mut(cut.numbers());
-        rest = others;
-        cut.pack(unit, x, width, here)
-    };
-    let packed: Vec<_> = activations.iter().zip(cuts).map(pack).collect();
-    let result = multiply(&packed);
+    pack(cuts.iter().filter_map(|cut| rest.split_off_mut(..cut.numbers())).collect());
+    let mut rest = &memory[..];
+    let part = |cut: &Cut| Some(Packed { values: rest.split_off(..cut.numbers())?, cut: *cut });
+    let result = multiply(&cuts.iter().filter_map(part).collect::<Vec<_>>());
     MEMORY.set(memory);
     result
 }
 
 /// How rows are packed: in strips of 16 of them, cut along the summed dimension into passes.
 #[derive(Clone, Copy)]
-struct Cut {
+pub(super) struct Cut {
     /// An even number of them.
-    strips: usize,
+    pub(super) strips: usize,
     /// The summed dimension in whole tiles.
     depth: usize,
     /// Of it in one pass.
-    pass: usize,
+    pub(super) pass: usize,
 }
 
 impl Cut {
     /// Of `numbers` in rows of `width`.
-    fn new(numbers: usize, width: usize, about: usize) -> Self {
+    pub(super) fn new(numbers: usize, width: usize, about: usize) -> Self {
         let strips = (numbers / width).next_multiple_of(BLOCK) / SIDE;
         Self { strips, depth: width.next_multiple_of(DEPTH), pass: depth_a_pass(about, width) }
     }
@@ -205,8 +227,8 @@ impl Cut {
     }
 
     /// `x`, `[tokens, width]`, in `memory`.
-    fn pack<'a>(self, unit: Bf16Unit, x: &[f32], width: usize, memory: &'a mut [u16]) -> Packed<'a> {
-        let Self { strips, pass, .. } = self;
+    fn pack(&self, unit: Bf16Unit, x: &[f32], width: usize, memory: &mut [u16]) {
+        let Self { strips, pass, .. } = *self;
         for (i, values) in memory.chunks_mut(strips * SIDE * pass).enumerate() {
             let deep = values.len() / (strips * SIDE);
             let columns = i * pass..width.min(i * pass + deep);
@@ -215,27 +237,26 @@ impl Cut {
                 left_strip(&Multiplier::new(unit), rows.map(|row| &row[columns.clone()]), values);
             });
         }
-        Packed { values: memory, cut: self }
     }
 
-    fn passes(&self) -> usize {
+    pub(super) fn passes(&self) -> usize {
         self.depth.div_ceil(self.pass)
     }
 
     /// What pass `i` sums over, in whole tiles: beyond the width there are zeros.
-    fn summed(&self, i: usize) -> Range<usize> {
+    pub(super) fn summed(&self, i: usize) -> Range<usize> {
         i * self.pass..self.depth.min((i + 1) * self.pass)
     }
 }
 
 /// Activations in bf16.
-struct Packed<'a> {
+pub(super) struct Packed<'a> {
     values: &'a [u16],
-    cut: Cut,
+    pub(super) cut: Cut,
 }
 
 impl Packed<'_> {
-    fn strip(&self, i: usize, strip: usize) -> &[u16] {
+    pub(super) fn strip(&self, i: usize, strip: usize) -> &[u16] {
         let (Cut { strips, pass, .. }, depth) = (self.cut, self.cut.summed(i).len());
         &self.values[i * pass * strips * SIDE + strip * SIDE * depth..][..SIDE * depth]
     }

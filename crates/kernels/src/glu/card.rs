@@ -12,11 +12,11 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{Activation, Glu, GluLoops};
+use super::{Activation, Glu, GluLoops, Kept};
 use crate::card::{addresses, elements, empty, lanes};
 
 impl Glu for Cube {
-    fn glu(gate: CubeTensor, up: CubeTensor, activation: Activation) -> CubeTensor {
+    fn glu(gate: CubeTensor, up: CubeTensor, activation: Activation, _: bool) -> CubeTensor {
         let (gate, up) = (into_contiguous(gate), into_contiguous(up));
         let y = empty(&gate, gate.shape(), DType::F32);
         let numbers = gate.shape().num_elements();
@@ -46,12 +46,17 @@ impl Glu for Cube {
 }
 
 impl GluLoops for Cube {
-    fn backward(
+    fn forward_halves(
         gate: CubeTensor,
         up: CubeTensor,
-        dy: CubeTensor,
         activation: Activation,
-    ) -> (CubeTensor, CubeTensor) {
+    ) -> (CubeTensor, Kept<CubeTensor>) {
+        let [gate, up] = [gate, up].map(into_contiguous);
+        (Cube::glu(gate.clone(), up.clone(), activation, false), Kept::Whole(gate, up))
+    }
+
+    fn backward(kept: Kept<CubeTensor>, dy: CubeTensor, activation: Activation) -> (CubeTensor, CubeTensor) {
+        let Kept::Whole(gate, up) = kept else { panic!("a graphics card keeps float32") };
         let dy = into_contiguous(dy);
         let at = || empty(&gate, gate.shape(), DType::F32);
         let (at_gate, at_up) = (at(), at());

@@ -1,7 +1,7 @@
 //! The operations that take one token at a time.
 
 use burn::tensor::Tensor;
-use pronk_kernels::{Activation, FrozenLinear, glu, rms_norm, rms_norm_beside, soft_cap};
+use pronk_kernels::{Activation, FrozenLinear, Precision, glu, rms_norm, rms_norm_beside, soft_cap};
 
 use crate::reference::{Input, assert_close, check, devices, dot, host};
 
@@ -49,7 +49,7 @@ fn swiglu_gates() {
             let gated = x[0].iter().zip(&x[1]).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up);
             gated.collect()
         };
-        let operation = |x: &[Tensor<2>]| glu(x[0].clone(), x[1].clone(), Activation::Silu);
+        let operation = |x: &[Tensor<2>]| glu(x[0].clone(), x[1].clone(), Activation::Silu, Precision::F32);
         check(&format!("swiglu, gates to {widest}"), &inputs, operation, reference);
     }
 }
@@ -62,7 +62,8 @@ fn geglu_gates() {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
         };
         let reference = |x: &[Vec<f64>]| x[0].iter().zip(&x[1]).map(|(gate, up)| gelu(*gate) * up).collect();
-        let operation = |x: &[Tensor<2>]| glu(x[0].clone(), x[1].clone(), Activation::GeluTanh);
+        let operation =
+            |x: &[Tensor<2>]| glu(x[0].clone(), x[1].clone(), Activation::GeluTanh, Precision::F32);
         check(&format!("geglu, gates to {widest}"), &inputs, operation, reference);
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, Scaling, Tracked, Update, pull_back};
+use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, Tracked, Update, pull_back};
 
 use crate::reference::{Input, all_devices, assert_close, check, dot, host, numbers};
 
@@ -19,9 +19,8 @@ fn layer([rows, cols]: [usize; 2], seed: u64) -> (FrozenLinear, Vec<f64>) {
     (FrozenLinear::on_host(Arc::new(matrix), Precision::F32, None), weight)
 }
 
-fn update(a: &Tensor<2>, b: &Tensor<2>) -> Option<Update<Tensor<2>>> {
-    let (a, b, scaling) = (a.clone(), b.clone(), Scaling { scale: SCALE, mask: None });
-    Some(Update { a, b, scaling })
+fn update(a: &Tensor<2>, b: &Tensor<2>) -> Update<Tensor<2>> {
+    Update { a: a.clone(), b: b.clone(), scaling: SCALE.into() }
 }
 
 /// `x w^T`, `x` in rows of `width`.
@@ -49,7 +48,7 @@ fn layers_that_read_one_input_run_as_one() {
             &format!("{tokens} tokens of {inputs}"),
             &tensors,
             |t| {
-                let updates = [update(&t[1], &t[2]), None, update(&t[3], &t[4])];
+                let updates = [Some(update(&t[1], &t[2])), None, Some(update(&t[3], &t[4]))];
                 let layers = layers.iter().map(|(layer, _)| layer).zip(updates).collect();
                 Tensor::cat(FrozenLinear::products(layers, t[0].clone(), None), 1)
             },
@@ -86,7 +85,7 @@ fn a_layer_adds_to_what_is_there() {
             &format!("{tokens} tokens of {inputs}"),
             &tensors,
             |t| {
-                let layers = vec![(&layer, update(&t[1], &t[2]))];
+                let layers = vec![(&layer, Some(update(&t[1], &t[2])))];
                 FrozenLinear::products(layers, t[0].clone(), Some(t[3].clone())).remove(0)
             },
             |values| {
@@ -107,7 +106,7 @@ fn results_that_nobody_reads_give_nothing_back() {
         let x = Input::random([TOKENS, INPUTS], 4).on(&device).tracked();
         let factor = |shape, seed| Input::random(shape, seed).on(&device).tracked();
         let [a, b] = [factor([RANK, INPUTS], 5), factor([WIDTHS[0], RANK], 6)];
-        let updates = [update(&a, &b), None, None];
+        let updates = [Some(update(&a, &b)), None, None];
         let all = layers.iter().map(|(layer, _)| layer).zip(updates).collect();
         let results = FrozenLinear::products(all, x.clone(), None);
         let dy = Input::random([TOKENS, WIDTHS[1]], 7);

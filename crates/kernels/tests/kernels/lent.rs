@@ -3,8 +3,8 @@
 
 use burn::tensor::{Device, Tensor};
 use pronk_kernels::{
-    Activation, RopeScaling, Rotary, RotaryTables, Scoring, Span, Tracked, attention, glu, plain, pull_back,
-    rms_norm,
+    Activation, Precision, RopeScaling, Rotary, RotaryTables, Scoring, Span, Tracked, attention, glu, plain,
+    pull_back, rms_norm,
 };
 
 use crate::reference::{Input, assert_close, devices, host, numbers};
@@ -83,7 +83,7 @@ fn gates() {
             &inputs,
             &|x| {
                 let [gate, up] = two(x);
-                glu(gate, up, activation)
+                glu(gate, up, activation, Precision::F32)
             },
             &|x| {
                 let [gate, up] = two(x);

@@ -11,6 +11,7 @@ mod frozen_formats;
 #[cfg(any(feature = "cubecl-cpu", feature = "cuda"))]
 mod frozen_on_cards;
 mod frozen_products;
+mod gated;
 mod layers;
 mod lent;
 mod low_rank;
