@@ -27,7 +27,7 @@ pub use format::{Format, FrozenError};
 pub(crate) use gated::gated_products;
 pub use int8::quantize_int8;
 pub use layers::Update;
-pub(crate) use layers::{Layer, frozen_layers, updated};
+pub(crate) use layers::{Layer, frozen_layers};
 pub use matrix::FrozenMatrix;
 pub use nf4::{DYNAMIC_MAP, NF4_CODEBOOK, Nf4Parts, Nf4QuantState, Nf4Scales};
 pub use nf4_quantize::quantize_nf4;

@@ -5,6 +5,7 @@
 mod card;
 pub(crate) mod gates;
 
+use std::fmt::Debug;
 use std::sync::Arc;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -75,7 +76,28 @@ impl<B: Host> Glu for B {
     }
 }
 
-/// What the way back needs: the gates and what they gate.
+/// The loops, with what the way back needs.
+trait GluLoops: Glu + Loops {
+    /// The gates and what they gate.
+    type Kept: Clone + Debug + Send + 'static;
+
+    /// [`Glu::glu`], and what is kept of it: in bf16 where `halves` are wanted and can be had.
+    fn forward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        activation: Activation,
+        halves: bool,
+    ) -> (FloatTensor<Self>, Self::Kept);
+
+    /// The gradients at `gate` and `up`.
+    fn backward(
+        kept: Self::Kept,
+        dy: FloatTensor<Self>,
+        activation: Activation,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+}
+
+/// What a host keeps.
 #[derive(Debug, Clone)]
 enum Kept<T> {
     Whole(T, T),
@@ -83,30 +105,20 @@ enum Kept<T> {
     Halves(Arc<Vec<u16>>),
 }
 
-/// The loops of the way back.
-trait GluLoops: Glu + Loops {
-    /// [`Glu::glu`] in bf16 with what is kept of it, where it can be.
-    fn forward_halves(
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
-        activation: Activation,
-    ) -> (FloatTensor<Self>, Kept<FloatTensor<Self>>);
-
-    /// The gradients at `gate` and `up`, whose numbers are in order.
-    fn backward(
-        kept: Kept<FloatTensor<Self>>,
-        dy: FloatTensor<Self>,
-        activation: Activation,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
-}
-
 impl<B: Host> GluLoops for B {
-    fn forward_halves(
+    type Kept = Kept<FloatTensor<Self>>;
+
+    fn forward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
         activation: Activation,
-    ) -> (FloatTensor<Self>, Kept<FloatTensor<Self>>) {
+        halves: bool,
+    ) -> (FloatTensor<Self>, Self::Kept) {
         let up = B::contiguous(up);
+        if !halves {
+            let gate = B::contiguous(gate);
+            return (B::glu(gate.clone(), up.clone(), activation, halves), Kept::Whole(gate, up));
+        }
         let (y, kept) = B::rewrite(gate, |gate| {
             let up = B::numbers(&up);
             filled(gates::kept_of(up.len()), |kept| gates::forward_kept(gate, up, kept, activation)).0
@@ -115,7 +127,7 @@ impl<B: Host> GluLoops for B {
     }
 
     fn backward(
-        kept: Kept<FloatTensor<Self>>,
+        kept: Self::Kept,
         dy: FloatTensor<Self>,
         activation: Activation,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
@@ -148,14 +160,9 @@ impl<B: GluLoops, C: CheckpointStrategy> Glu for Autodiff<B, C> {
         let operation = Recorded.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful();
         let (gate, up) = (gate.into_primitive(), up.into_primitive());
         match operation {
-            OpsKind::Tracked(prep) if halves => {
-                let (y, kept) = B::forward_halves(gate, up, activation);
-                prep.finish((kept, activation), y)
-            }
             OpsKind::Tracked(prep) => {
-                let (gate, up) = (B::contiguous(gate), B::contiguous(up));
-                let y = B::glu(gate.clone(), up.clone(), activation, false);
-                prep.finish((Kept::Whole(gate, up), activation), y)
+                let (y, kept) = <B as GluLoops>::forward(gate, up, activation, halves);
+                prep.finish((kept, activation), y)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::glu(gate, up, activation, halves)),
         }
@@ -167,7 +174,7 @@ impl<B: GluLoops, C: CheckpointStrategy> Glu for Autodiff<B, C> {
 struct Recorded;
 
 impl<B: GluLoops> Backward<B, 2> for Recorded {
-    type State = (Kept<FloatTensor<B>>, Activation);
+    type State = (B::Kept, Activation);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (kept, activation) = ops.state;

@@ -5,9 +5,11 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use crate::direction::Direction;
 use crate::frozen::{
     FrozenMatrix, FrozenWeight, Layer, Precision, Update, frozen_layers, frozen_product, gated_products,
-    unread_product, updated,
+    unread_product,
 };
 use crate::glu::Activation;
+use crate::low_rank::add_low_rank;
+use crate::residual::residual;
 
 /// A linear layer of the frozen base, `y = x W^T + b`. It never gets a gradient.
 #[derive(Debug, Clone)]
@@ -95,8 +97,8 @@ impl FrozenLinear {
         }
     }
 
-    /// [`Self::product`] of layers that read one input, each with what an adapter adds to it, in one operation. That of an
-    /// only layer is added to `onto`, if that is there.
+    /// [`Self::product`] of layers that read one input, each with what an adapter adds to it, in one operation where they
+    /// are products in one precision on a device with loops of our own. That of an only layer is added to `onto`, if that is there.
     ///
     /// # Shapes
     /// - x: `[tokens, in]`
@@ -106,23 +108,31 @@ impl FrozenLinear {
     /// Where the shapes do not fit, or something is there to be added to by several.
     pub fn products(
         layers: Vec<(&Self, Option<Update<Tensor<2>>>)>,
-        x: Tensor<2>,
-        onto: Option<Tensor<2>>,
+        x: &Tensor<2>,
+        onto: Option<&Tensor<2>>,
     ) -> Vec<Tensor<2>> {
         assert!(onto.is_none() || layers.len() == 1, "one product to be added");
-        let frozen = |(layer, update): &(&Self, Option<Update<_>>)| match &layer.weight {
-            Weight::Dense(_) => None,
-            Weight::Frozen(w, precision) => {
-                Some(Layer { w: w.clone(), precision: *precision, update: update.clone() })
-            }
-        };
-        if let Some(layers) = layers.iter().map(frozen).collect() {
-            return frozen_layers(x, layers, onto);
+        let precision = layers.first().map_or(Precision::F32, |(layer, _)| layer.precision());
+        let together = layers.iter().map(|(layer, update)| match &layer.weight {
+            Weight::Frozen(w, of) if *of == precision => Some(Layer { w: w.clone(), update: update.clone() }),
+            _ => None,
+        });
+        let together = together.collect::<Option<Vec<_>>>();
+        if let Some(results) = together.and_then(|layers| frozen_layers(x, layers, onto, precision)) {
+            return results;
         }
-        let product = |(layer, update): (&Self, Option<Update<_>>)| {
-            updated(layer.product(x.clone()), x.clone(), update, onto.clone())
-        };
-        layers.into_iter().map(product).collect()
+        let alone = layers.into_iter().map(|(layer, update)| {
+            let y = layer.product(x.clone());
+            let y = match onto.cloned() {
+                Some(onto) => residual(onto, y),
+                None => y,
+            };
+            match update {
+                Some(Update { a, b, scaling }) => add_low_rank(y, x.clone(), &a, &b, scaling),
+                None => y,
+            }
+        });
+        alone.collect()
     }
 
     /// `activation(gate(x)) * up(x)` in one operation, of layers without a bias whose products are in bf16, where there is

@@ -132,28 +132,46 @@ fn shape(a: Matrix, b: Matrix, c: &MatrixMut) -> [usize; 3] {
 /// Where the shapes do not fit.
 #[allow(clippy::needless_pass_by_value)] // written to, as a `&mut` would be
 pub fn multiply_f32(a: Matrix, b: Matrix, c: MatrixMut, add: bool) {
-    let [m, n, k] = shape(a, b, &c);
-    let [a_row, a_col] = a.strides.map(|stride| stride as isize);
-    let [b_row, b_col] = b.strides.map(|stride| stride as isize);
-    let keep = if add { 1.0 } else { 0.0 };
+    let shape = shape(a, b, &c);
+    let ([a_row, a_col], [b_row, b_col]) = (a.strides, b.strides);
     // SAFETY: a, b and c hold what their shapes and strides reach, as their constructors have checked, and the
     // shapes fit.
     #[allow(unsafe_code)]
+    unsafe {
+        let c = (c.values.as_mut_ptr(), c.stride, add);
+        product_f32(shape, c, (a.values, a_row, a_col), (b.values, b_row, b_col));
+    }
+}
+
+/// `c = a b`, `[m, k]` by `[k, n]`; a and b with their row and column strides, c with its row stride, and whether to add to
+/// what is there.
+///
+/// # Safety
+/// c may be written at `m` rows of `n`, and read where it is added to; a and b hold what their strides reach.
+#[allow(unsafe_code)]
+pub unsafe fn product_f32(
+    [m, n, k]: [usize; 3],
+    (c, c_row, add): (*mut f32, usize, bool),
+    (a, a_row, a_col): (&[f32], usize, usize),
+    (b, b_row, b_col): (&[f32], usize, usize),
+) {
+    let keep = if add { 1.0 } else { 0.0 };
+    // SAFETY: by the contract above.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            c.values.as_mut_ptr(),
+            c,
             1,
-            c.stride as isize,
+            c_row as isize,
             add,
-            a.values.as_ptr(),
-            a_col,
-            a_row,
-            b.values.as_ptr(),
-            b_col,
-            b_row,
+            a.as_ptr(),
+            a_col as isize,
+            a_row as isize,
+            b.as_ptr(),
+            b_col as isize,
+            b_row as isize,
             keep,
             1.0,
             false,

@@ -8,7 +8,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
 use burn::tensor::Tensor;
 
-use crate::host::{Host, Loops, has_loops};
+use crate::host::{Host, has_loops};
 
 /// `x + y`, as it goes around a half of a block.
 ///
@@ -51,7 +51,7 @@ impl Residual for burn::backend::Cube {
     }
 }
 
-impl<B: Residual + Loops, C: CheckpointStrategy> Residual for Autodiff<B, C> {
+impl<B: Residual, C: CheckpointStrategy> Residual for Autodiff<B, C> {
     fn residual(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
         let operation = Sum.prepare::<C>([x.node(), y.node()]).compute_bound().stateful();
         let sum = B::residual(x.into_primitive(), y.into_primitive());

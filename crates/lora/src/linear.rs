@@ -105,7 +105,7 @@ impl LoraLinear {
         mode: ForwardMode,
     ) -> [Tensor<2>; N] {
         let products = layers.map(|layer| (&layer.base, layer.update(mode)));
-        let mut products = FrozenLinear::products(products.into(), x.clone(), None).into_iter();
+        let mut products = FrozenLinear::products(products.into(), x, None).into_iter();
         layers.map(|layer| {
             let y = products.next().unwrap_or_else(|| unreachable!("a product of every layer"));
             layer.finished(y, x, mode)
@@ -142,7 +142,7 @@ impl LoraLinear {
             return residual(stream, self.forward(x, mode));
         }
         let layer = vec![(&self.base, self.update(mode))];
-        let mut sum = FrozenLinear::products(layer, x.clone(), Some(stream));
+        let mut sum = FrozenLinear::products(layer, x, Some(&stream));
         let sum = sum.pop().unwrap_or_else(|| unreachable!("a product of the layer"));
         self.finished(sum, x, mode)
     }

@@ -90,8 +90,6 @@ pub struct Shapes {
     weights: WeightBytes,
     /// Last parts of the names of adapted layers, such as `q_proj`.
     adapted: BTreeSet<String>,
-    /// Whether the products of a feed-forward are kept in bf16.
-    half_gates: bool,
     /// Outputs of a block's layers with `DoRA`, which are kept in front of their magnitudes.
     dora_outputs: usize,
     /// Whether the factors that the adapter started from are kept beside it.
@@ -138,7 +136,6 @@ impl Shapes {
         Ok(Self {
             model: model.clone(),
             weights,
-            half_gates: weights.memory == Memory::Host && weights.precision.is_bf16_here(),
             // Dropout has the base multiplied with what it leaves as well.
             dora_outputs: magnitudes(outputs.values().sum()) * if lora.dropout > 0.0 { 2 } else { 1 },
             keeps_start: lora.init_lora_weights.keeps_start(),
@@ -252,7 +249,7 @@ impl Shapes {
 
     /// Numbers of a float32's size that are kept of a gate and what it gates.
     fn gates(&self) -> usize {
-        if self.half_gates { 1 } else { 2 }
+        if self.weights.memory == Memory::Host && self.weights.precision.is_bf16_here() { 1 } else { 2 }
     }
 
     /// What the backward pass of a block holds beside its graph: the gradients of the widest layer, those of its gates

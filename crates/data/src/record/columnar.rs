@@ -61,12 +61,15 @@ impl Table {
         let file = File::open(path).map_err(DataError::io(path, "read the data file"))?;
         let file = Whole { file, read: Arc::clone(read) };
         let open = || -> Result<_, ArrowError> {
-            let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::default())?;
+            let pages: Arc<dyn FileReader> = Arc::new(SerializedFileReader::new(file)?);
+            let footer = Arc::new(FileReader::metadata(&*pages).clone());
+            let metadata = ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::default())?;
             let (schema, all) = (Arc::clone(metadata.schema()), ProjectionMask::all());
             let levels =
                 parquet_to_arrow_field_levels(metadata.parquet_schema(), all, Some(schema.fields()))?;
-            let pages = Sound(Arc::new(SerializedFileReader::new(file)?));
-            Ok((schema, ParquetRecordBatchReader::try_new_with_row_groups(&levels, &pages, ROWS, None)?))
+            let pages =
+                ParquetRecordBatchReader::try_new_with_row_groups(&levels, &Sound(pages), ROWS, None)?;
+            Ok((schema, pages))
         };
         let (schema, reader) = guarded(open)
             .and_then(|opened| opened.map_err(|error| told(&error)))

@@ -19,13 +19,10 @@ use crate::glu::Activation;
 use crate::host::{Host, filled, lends};
 
 /// `activation(x G^T) * (x U^T)` with products in bf16, in one operation that keeps both products in bf16, where that can be
-/// had: on processors that multiply bf16, of more than a few tokens.
+/// had: of matrices that fit, on processors that multiply bf16, for more than a few tokens.
 ///
 /// # Shapes
 /// - x: `[tokens, in]`, result: `[tokens, out]`
-///
-/// # Panics
-/// Where the shapes do not fit.
 pub(crate) fn gated_products(
     x: &Tensor<2>,
     [gate, up]: [&FrozenWeight; 2],
@@ -34,64 +31,45 @@ pub(crate) fn gated_products(
     let [tokens, width] = x.dims();
     let fit = gate.shape() == up.shape() && gate.shape()[1] == width;
     let unit = Bf16Unit::detect().filter(|_| fit && tokens > FEW_TOKENS && lends(x))?;
-    let (x, gate, up) = (x.clone().into_dispatch(), gate.clone(), up.clone());
-    Some(Tensor::from_dispatch(Dispatch::gated_products(x, gate, up, activation, unit)))
-}
-
-/// The operation, for backends that lend their numbers.
-#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
-pub trait GatedProducts: Backend {
-    /// See [`gated_products`].
-    fn gated_products(
-        x: FloatTensor<Self>,
-        gate: FrozenWeight,
-        up: FrozenWeight,
-        activation: Activation,
-        unit: Bf16Unit,
-    ) -> FloatTensor<Self>;
-}
-
-impl<B: Host> GatedProducts for B {
-    fn gated_products(
-        x: FloatTensor<Self>,
-        gate: FrozenWeight,
-        up: FrozenWeight,
-        activation: Activation,
-        unit: Bf16Unit,
-    ) -> FloatTensor<Self> {
-        Layers { gate, up, activation, unit }.forward::<B>(x, false).0
-    }
-}
-
-impl<B: Host, C: CheckpointStrategy> GatedProducts for Autodiff<B, C> {
-    fn gated_products(
-        x: FloatTensor<Self>,
-        gate: FrozenWeight,
-        up: FrozenWeight,
-        activation: Activation,
-        unit: Bf16Unit,
-    ) -> FloatTensor<Self> {
-        let layers = Layers { gate, up, activation, unit };
-        match Recorded.prepare::<C>([x.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let (y, kept) = layers.forward::<B>(x.into_primitive(), true);
-                prep.finish((layers, Arc::new(kept)), y)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(layers.forward::<B>(x.into_primitive(), false).0),
-        }
-    }
+    let layers = GatedLayers { gate: gate.clone(), up: up.clone(), activation, unit };
+    Some(Tensor::from_dispatch(Dispatch::gated_products(x.clone().into_dispatch(), layers)))
 }
 
 /// The layers, and what multiplies them.
 #[derive(Debug, Clone)]
-struct Layers {
+pub struct GatedLayers {
     gate: FrozenWeight,
     up: FrozenWeight,
     activation: Activation,
     unit: Bf16Unit,
 }
 
-impl Layers {
+/// The operation, for backends that lend their numbers.
+#[backend_extension(Flex: cfg(feature = "flex"), LibTorch: cfg(feature = "tch"), Autodiff)]
+pub trait GatedProducts: Backend {
+    /// See [`gated_products`].
+    fn gated_products(x: FloatTensor<Self>, layers: GatedLayers) -> FloatTensor<Self>;
+}
+
+impl<B: Host> GatedProducts for B {
+    fn gated_products(x: FloatTensor<Self>, layers: GatedLayers) -> FloatTensor<Self> {
+        layers.forward::<B>(x, false).0
+    }
+}
+
+impl<B: Host, C: CheckpointStrategy> GatedProducts for Autodiff<B, C> {
+    fn gated_products(x: FloatTensor<Self>, layers: GatedLayers) -> FloatTensor<Self> {
+        match Recorded.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (y, kept) = layers.forward::<B>(x.into_primitive(), true);
+                prep.finish((layers, Arc::new(kept)), y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::gated_products(x.into_primitive(), layers)),
+        }
+    }
+}
+
+impl GatedLayers {
     fn matrices(&self) -> Gated<'_> {
         Gated { gate: self.gate.on_host(), up: self.up.on_host(), activation: self.activation }
     }
@@ -124,7 +102,7 @@ impl Layers {
 struct Recorded;
 
 impl<B: Host> Backward<B, 1> for Recorded {
-    type State = (Layers, Arc<Vec<u16>>);
+    type State = (GatedLayers, Arc<Vec<u16>>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (layers, kept) = ops.state;

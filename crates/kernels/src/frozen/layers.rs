@@ -14,20 +14,18 @@ use burn::backend::{
 use burn::tensor::{Shape, Tensor};
 use tracing::trace_span;
 
-use super::{FrozenProduct, FrozenWeight, Precision, frozen_product, product};
+use super::{FrozenProduct, FrozenWeight, Precision, product};
+#[cfg(feature = "cube")]
 use crate::direction::Direction;
 use crate::host::{Host, has_loops, write_all};
-use crate::low_rank::{LowRankLoops, Scaling, add_low_rank};
+use crate::low_rank::{LowRankLoops, Scaling};
 use crate::outputs::{self, Arrived, nothing};
-use crate::residual::residual;
 
 /// A frozen layer, with tensors of one kind.
 #[derive(Debug, Clone)]
 pub struct Layer<T> {
     /// `[out, in]`.
     pub w: FrozenWeight,
-    /// Of its product.
-    pub precision: Precision,
     /// What is added to it.
     pub update: Option<Update<T>>,
 }
@@ -45,9 +43,9 @@ pub struct Update<T> {
 
 impl<T> Layer<T> {
     fn map<U>(self, f: impl Fn(T) -> U) -> Layer<U> {
-        let Self { w, precision, update } = self;
+        let Self { w, update } = self;
         let update = update.map(|Update { a, b, scaling }| Update { a: f(a), b: f(b), scaling });
-        Layer { w, precision, update }
+        Layer { w, update }
     }
 
     fn factors(&self) -> Option<[&T; 2]> {
@@ -55,7 +53,8 @@ impl<T> Layer<T> {
     }
 }
 
-/// `x W^T` of every layer, with what its adapter adds; that of an only one is added to `onto`, if that is there.
+/// `x W^T` of every layer, with what its adapter adds; that of an only one is added to `onto`, if that is there. `None`
+/// where the tensors lie on a device without loops of our own.
 ///
 /// # Shapes
 /// - x: `[tokens, in]`
@@ -64,63 +63,45 @@ impl<T> Layer<T> {
 /// # Panics
 /// Where the shapes do not fit.
 pub(crate) fn frozen_layers(
-    x: Tensor<2>,
+    x: &Tensor<2>,
     layers: Vec<Layer<Tensor<2>>>,
-    onto: Option<Tensor<2>>,
-) -> Vec<Tensor<2>> {
+    onto: Option<&Tensor<2>>,
+    precision: Precision,
+) -> Option<Vec<Tensor<2>>> {
+    if !layers.iter().filter_map(Layer::factors).flatten().chain([x]).chain(onto).all(has_loops) {
+        return None;
+    }
     for [a, b] in layers.iter().filter_map(Layer::factors) {
         assert_eq!(a.dims()[0], b.dims()[1], "factors of one rank");
     }
-    let factors = layers.iter().filter_map(Layer::factors).flatten();
-    if !factors.chain([&x]).chain(&onto).all(has_loops) {
-        let alone = |layer: Layer<Tensor<2>>| {
-            let y = frozen_product(x.clone(), &layer.w, Direction::Forward, layer.precision);
-            updated(y, x.clone(), layer.update, onto.clone())
-        };
-        return layers.into_iter().map(alone).collect();
-    }
     let layers = layers.into_iter().map(|layer| layer.map(Tensor::into_dispatch)).collect();
-    let layers = Layers { layers, onto: onto.map(Tensor::into_dispatch) };
-    Dispatch::frozen_layers(x.into_dispatch(), layers).into_iter().map(Tensor::from_dispatch).collect()
-}
-
-/// A layer's product `y` with what its adapter adds, added to `onto`: by an operation each.
-pub(crate) fn updated(
-    y: Tensor<2>,
-    x: Tensor<2>,
-    update: Option<Update<Tensor<2>>>,
-    onto: Option<Tensor<2>>,
-) -> Tensor<2> {
-    let y = match onto {
-        Some(onto) => residual(onto, y),
-        None => y,
-    };
-    match update {
-        Some(Update { a, b, scaling }) => add_low_rank(y, x, &a, &b, scaling),
-        None => y,
-    }
+    let layers = Readers { layers, onto: onto.cloned().map(Tensor::into_dispatch), precision };
+    let results = Dispatch::frozen_layers(x.clone().into_dispatch(), layers);
+    Some(results.into_iter().map(Tensor::from_dispatch).collect())
 }
 
 /// The layers of one operation, and what the product of an only one is added to.
 #[derive(Debug, Clone)]
-pub struct Layers<B: Backend> {
+pub struct Readers<B: Backend> {
     layers: Vec<Layer<FloatTensor<B>>>,
     onto: Option<FloatTensor<B>>,
+    /// Of all products.
+    precision: Precision,
 }
 
-impl<B: Backend> Layers<B> {
+impl<B: Backend> Readers<B> {
     fn tensors(&self) -> impl Iterator<Item = &FloatTensor<B>> {
         self.onto.iter().chain(self.layers.iter().filter_map(Layer::factors).flatten())
     }
 
-    fn map<C: Backend>(self, f: impl Fn(FloatTensor<B>) -> FloatTensor<C>) -> Layers<C> {
+    fn map<C: Backend>(self, f: impl Fn(FloatTensor<B>) -> FloatTensor<C>) -> Readers<C> {
         let layers = self.layers.into_iter().map(|layer| layer.map(&f)).collect();
-        Layers { layers, onto: self.onto.map(f) }
+        Readers { layers, onto: self.onto.map(f), precision: self.precision }
     }
 }
 
-impl<B: Backend> ExtensionType<B> for Layers<B> {
-    type Target = Layers<Dispatch>;
+impl<B: Backend> ExtensionType<B> for Readers<B> {
+    type Target = Readers<Dispatch>;
 
     fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
     where
@@ -159,123 +140,88 @@ impl<B: Backend> ExtensionType<B> for Layers<B> {
 )]
 pub trait FrozenLayers: Backend {
     /// See [`frozen_layers`].
-    fn frozen_layers(x: FloatTensor<Self>, #[extension_type] layers: Layers<Self>) -> Vec<FloatTensor<Self>>;
+    fn frozen_layers(x: FloatTensor<Self>, #[extension_type] layers: Readers<Self>)
+    -> Vec<FloatTensor<Self>>;
 }
 
 /// Products with several matrices.
 pub trait Products: FrozenProduct + LowRankLoops {
     /// `x W^T` of every layer; that of an only one is added to `onto`, if that is there.
-    fn products(
-        x: &FloatTensor<Self>,
-        layers: &[Layer<FloatTensor<Self>>],
-        onto: Option<&FloatTensor<Self>>,
-    ) -> Vec<FloatTensor<Self>>;
+    fn products(x: &FloatTensor<Self>, layers: &Readers<Self>) -> Vec<FloatTensor<Self>>;
 
     /// The sum of `dy W` over layers, each with its `dy`, if there are any.
-    fn sum_of_products(terms: &[Term<Self>]) -> Option<FloatTensor<Self>>;
+    fn sum_of_products(terms: &[Term<Self>], precision: Precision) -> Option<FloatTensor<Self>>;
 }
 
-/// A layer and the gradient at its result.
-pub type Term<'a, B> = (&'a Layer<FloatTensor<B>>, FloatTensor<B>);
+/// A layer's weight and the gradient at its result.
+pub type Term<'a, B> = (&'a FrozenWeight, FloatTensor<B>);
 
 impl<B: Host> Products for B {
-    fn products(
-        x: &FloatTensor<Self>,
-        layers: &[Layer<FloatTensor<Self>>],
-        onto: Option<&FloatTensor<Self>>,
-    ) -> Vec<FloatTensor<Self>> {
-        let Some(precision) = of_all::<B>(layers.iter()).filter(|_| B::lends(x)) else {
-            return one_by_one::<B>(x, layers, onto);
-        };
+    fn products(x: &FloatTensor<Self>, layers: &Readers<Self>) -> Vec<FloatTensor<Self>> {
         let _product = trace_span!("product").entered();
+        let Readers { layers, onto, precision } = layers;
         let shape = |layer: &Layer<_>| Shape::new([x.shape()[0], layer.w.shape()[0]]);
         let shapes: Vec<_> = layers.iter().map(shape).collect();
         write_all::<B>(&shapes, &x.device(), |outs| {
             let products = layers.iter().map(|layer| layer.w.on_host()).zip(outs).collect();
-            product::forward(products, B::numbers(x), onto.map(B::numbers), precision);
+            product::forward(products, B::numbers(x), onto.as_ref().map(B::numbers), *precision);
         })
     }
 
-    fn sum_of_products(terms: &[Term<Self>]) -> Option<FloatTensor<Self>> {
+    fn sum_of_products(terms: &[Term<Self>], precision: Precision) -> Option<FloatTensor<Self>> {
         let (first, dy) = terms.first()?;
-        let lent = terms.iter().all(|(_, dy)| B::lends(dy));
-        let Some(precision) = of_all::<B>(terms.iter().map(|(layer, _)| *layer)).filter(|_| lent) else {
-            return sum_one_by_one::<B>(terms);
-        };
         let _product = trace_span!("product").entered();
-        let shape = Shape::new([dy.shape()[0], first.w.shape()[1]]);
-        let terms: Vec<_> = terms.iter().map(|(layer, dy)| (layer.w.on_host(), B::numbers(dy))).collect();
+        let shape = Shape::new([dy.shape()[0], first.shape()[1]]);
+        let terms: Vec<_> = terms.iter().map(|(w, dy)| (w.on_host(), B::numbers(dy))).collect();
         Some(B::write(shape, &dy.device(), |out| product::backward(&terms, precision, out)).0)
     }
 }
 
-/// The precision of all products, where it is one.
-fn of_all<'a, B: Backend>(mut layers: impl Iterator<Item = &'a Layer<FloatTensor<B>>>) -> Option<Precision> {
-    let precision = layers.next()?.precision;
-    layers.all(|layer| layer.precision == precision).then_some(precision)
-}
-
-fn one_by_one<B: FrozenProduct>(
-    x: &FloatTensor<B>,
-    layers: &[Layer<FloatTensor<B>>],
-    onto: Option<&FloatTensor<B>>,
-) -> Vec<FloatTensor<B>> {
-    let product = |layer: &Layer<_>| {
-        let y = B::frozen_product(x.clone(), layer.w.clone(), Direction::Forward, layer.precision);
-        match onto {
-            Some(onto) => B::float_add(y, onto.clone()),
-            None => y,
-        }
-    };
-    layers.iter().map(product).collect()
-}
-
-fn sum_one_by_one<B: FrozenProduct>(terms: &[Term<B>]) -> Option<FloatTensor<B>> {
-    let product = |(layer, dy): &Term<B>| {
-        B::frozen_product(dy.clone(), layer.w.clone(), Direction::Backward, layer.precision)
-    };
-    terms.iter().map(product).reduce(B::float_add)
-}
-
 #[cfg(feature = "cube")]
 impl Products for burn::backend::Cube {
-    fn products(
-        x: &FloatTensor<Self>,
-        layers: &[Layer<FloatTensor<Self>>],
-        onto: Option<&FloatTensor<Self>>,
-    ) -> Vec<FloatTensor<Self>> {
-        one_by_one::<Self>(x, layers, onto)
+    fn products(x: &FloatTensor<Self>, layers: &Readers<Self>) -> Vec<FloatTensor<Self>> {
+        let product = |layer: &Layer<_>| {
+            let y = Self::frozen_product(x.clone(), layer.w.clone(), Direction::Forward, layers.precision);
+            match &layers.onto {
+                Some(onto) => Self::float_add(y, onto.clone()),
+                None => y,
+            }
+        };
+        layers.layers.iter().map(product).collect()
     }
 
-    fn sum_of_products(terms: &[Term<Self>]) -> Option<FloatTensor<Self>> {
-        sum_one_by_one::<Self>(terms)
+    fn sum_of_products(terms: &[Term<Self>], precision: Precision) -> Option<FloatTensor<Self>> {
+        let product = |(w, dy): &Term<Self>| {
+            Self::frozen_product(dy.clone(), (*w).clone(), Direction::Backward, precision)
+        };
+        terms.iter().map(product).reduce(Self::float_add)
     }
 }
 
 /// The results, and for the way back `scale * dropout(x) A^T` of every adapter.
 fn forward<B: Products>(
     x: &FloatTensor<B>,
-    layers: &Layers<B>,
+    layers: &Readers<B>,
 ) -> (Vec<FloatTensor<B>>, Vec<Option<B::Numbers>>) {
-    let products = B::products(x, &layers.layers, layers.onto.as_ref());
-    let updated = products.into_iter().zip(&layers.layers).map(|(y, layer)| match &layer.update {
-        Some(Update { a, b, scaling }) => {
-            let (y, low) = <B as LowRankLoops>::forward(y, x, [a, b], *scaling);
-            (y, Some(low))
-        }
-        None => (y, None),
-    });
+    let updated =
+        B::products(x, layers).into_iter().zip(&layers.layers).map(|(y, layer)| match &layer.update {
+            Some(Update { a, b, scaling }) => {
+                let (y, low) = <B as LowRankLoops>::forward(y, x, [a, b], *scaling);
+                (y, Some(low))
+            }
+            None => (y, None),
+        });
     updated.unzip()
 }
 
 impl<B: Products> FrozenLayers for B {
-    fn frozen_layers(x: FloatTensor<Self>, layers: Layers<Self>) -> Vec<FloatTensor<Self>> {
+    fn frozen_layers(x: FloatTensor<Self>, layers: Readers<Self>) -> Vec<FloatTensor<Self>> {
         forward::<B>(&B::contiguous(x), &layers.map(B::contiguous)).0
     }
 }
 
 impl<B: Products, C: CheckpointStrategy> FrozenLayers for Autodiff<B, C> {
-    fn frozen_layers(x: FloatTensor<Self>, layers: Layers<Self>) -> Vec<FloatTensor<Self>> {
+    fn frozen_layers(x: FloatTensor<Self>, layers: Readers<Self>) -> Vec<FloatTensor<Self>> {
         // How many parents an operation has is a part of its type.
         match layers.layers.len() {
             1 => record::<B, C, 1, 4>(x, layers).into(),
@@ -290,7 +236,7 @@ impl<B: Products, C: CheckpointStrategy> FrozenLayers for Autodiff<B, C> {
 /// those that are not there the input stands again, which gets nothing for it.
 fn record<B: Products, C: CheckpointStrategy, const N: usize, const P: usize>(
     x: FloatTensor<Autodiff<B, C>>,
-    layers: Layers<Autodiff<B, C>>,
+    layers: Readers<Autodiff<B, C>>,
 ) -> [FloatTensor<Autodiff<B, C>>; N] {
     let factors = layers.layers.iter().map(|layer| layer.factors().map_or([None; 2], |pair| pair.map(Some)));
     let others: Vec<_> = [layers.onto.as_ref()].into_iter().chain(factors.flatten()).collect();
@@ -300,13 +246,14 @@ fn record<B: Products, C: CheckpointStrategy, const N: usize, const P: usize>(
     });
     let operation = Recorded::<N>.prepare::<C>(parents).compute_bound().stateful();
     let x = B::contiguous(x.into_primitive());
-    let layers: Layers<B> = layers.map(|tensor| B::contiguous(tensor.into_primitive()));
+    let layers: Readers<B> = layers.map(|tensor| B::contiguous(tensor.into_primitive()));
     let (results, low) = forward::<B>(&x, &layers);
     let (arrived, nothing) = (Arrived::none(), nothing::<B>(&x.device()));
     let node = match operation {
         OpsKind::Tracked(prep) => {
             let (onto, x) = (layers.onto.is_some(), low.iter().any(Option::is_some).then_some(x));
-            prep.finish(Saved { x, layers: layers.layers, low, onto, arrived: arrived.clone() }, nothing)
+            let Readers { layers, precision, .. } = layers;
+            prep.finish(Saved { x, layers, low, onto, precision, arrived: arrived.clone() }, nothing)
         }
         OpsKind::UnTracked(prep) => prep.finish(nothing),
     };
@@ -324,6 +271,7 @@ struct Saved<B: Products, const N: usize> {
     low: Vec<Option<B::Numbers>>,
     /// Whether the product was added to something.
     onto: bool,
+    precision: Precision,
     arrived: Arrived<FloatTensor<B>, N>,
 }
 
@@ -335,14 +283,14 @@ impl<B: Products, const N: usize, const P: usize> Backward<B, P> for Recorded<N>
     type State = Saved<B, N>;
 
     fn backward(self, ops: Ops<Self::State, P>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let Saved { x, layers, low, onto, arrived } = ops.state;
+        let Saved { x, layers, low, onto, precision, arrived } = ops.state;
         grads.consume::<B>(&ops.node);
         let dys = arrived.take().map(|dy| dy.map(B::contiguous));
         let wanted = ops.parents.each_ref().map(Option::is_some);
         let mut gradients = [const { None }; P];
         gradients[1] = dys[0].clone().filter(|_| onto);
-        let terms = layers.iter().zip(&dys).filter_map(|(layer, dy)| Some((layer, dy.clone()?)));
-        let mut dx = wanted[0].then(|| B::sum_of_products(&terms.collect::<Vec<_>>())).flatten();
+        let terms = layers.iter().zip(&dys).filter_map(|(layer, dy)| Some((&layer.w, dy.clone()?)));
+        let mut dx = wanted[0].then(|| B::sum_of_products(&terms.collect::<Vec<_>>(), precision)).flatten();
         for (i, ((layer, low), dy)) in layers.iter().zip(&low).zip(&dys).enumerate() {
             let (Some(x), Some(dy), Some(low), Some(update)) = (&x, dy, low, &layer.update) else { continue };
             let factors = [2 + 2 * i, 3 + 2 * i];

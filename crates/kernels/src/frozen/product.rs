@@ -18,6 +18,7 @@ use crate::bf16::{BLOCK, Bf16Unit};
 use crate::direction::Direction;
 use crate::dot::dot;
 use crate::host::filled;
+use crate::product::product_f32;
 use crate::threads::stay_awake;
 
 /// What the factors of a product are rounded to. Sums are float32 either way.
@@ -270,45 +271,6 @@ fn backward_f32(terms: &[(&FrozenMatrix, &[f32])], dx: Columns) {
             });
         }
     });
-}
-
-/// `c = a b` in float32, `[m, k]` by `[k, n]`; a and b with their row and column strides, c with
-/// its row stride, and whether to add to what is there.
-///
-/// # Safety
-/// c may be written at `m` rows of `n`, and read where it is added to; a and b hold what their strides reach.
-#[allow(unsafe_code)]
-unsafe fn product_f32(
-    [m, n, k]: [usize; 3],
-    (c, c_row, add): (*mut f32, usize, bool),
-    (a, a_row, a_col): (&[f32], usize, usize),
-    (b, b_row, b_col): (&[f32], usize, usize),
-) {
-    let one = gemm::Parallelism::None;
-    // SAFETY: by the contract above.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c,
-            1,
-            c_row as isize,
-            add,
-            a.as_ptr(),
-            a_col as isize,
-            a_row as isize,
-            b.as_ptr(),
-            b_col as isize,
-            b_row as isize,
-            if add { 1.0 } else { 0.0 },
-            1.0,
-            false,
-            false,
-            false,
-            one,
-        );
-    }
 }
 
 /// How many of the `width` columns of an output a task computes, a multiple of `step`: as many tasks for every core, each of

@@ -27,7 +27,7 @@ pub(super) fn forward_bf16(unit: Bf16Unit, products: &[(&FrozenMatrix, Columns)]
     let about = columns_a_task(products.iter().map(|(w, _)| w.shape()[0]).sum(), BLOCK);
     let tasks = products.iter().flat_map(|&(w, y)| {
         let [rows, _] = w.shape();
-        let columns = rows.div_ceil(((rows + about / 2) / about).max(1)).next_multiple_of(BLOCK);
+        let columns = rows.div_ceil(parts(rows, about)).next_multiple_of(BLOCK);
         (0..rows).step_by(columns).map(move |start| (w, y, start..rows.min(start + columns)))
     });
     let tasks: Vec<_> = tasks.collect();
@@ -94,17 +94,14 @@ impl Task {
                 let summed = left.cut.summed(pass);
                 let right = &mut right[..columns * summed.len()];
                 pack(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
-                let right = |strip: usize| &right[strip * SIDE * summed.len()..][..SIDE * summed.len()];
-                let blocks = (0..strips / 2).flat_map(|block| (0..sides).map(move |side| (block, side)));
-                for ((block, side), sums) in blocks.zip(sums.as_chunks_mut().0) {
-                    let left = [left.strip(pass, 2 * block), left.strip(pass, 2 * block + 1)];
-                    let right = [right(2 * side), right(2 * side + 1)];
-                    let tokens = block * BLOCK..(*tokens).min((block + 1) * BLOCK);
-                    let columns = here.start + side * BLOCK..here.end.min(here.start + (side + 1) * BLOCK);
+                for ((block, side), sums) in left.cut.blocks(sides).zip(sums.as_chunks_mut().0) {
+                    let right = block_strips(right, summed.len(), side);
+                    let strips = Strips { left: left.block(pass, block), right };
                     // SAFETY: these columns of the output are this task's alone.
                     #[allow(unsafe_code)]
-                    let place = unsafe { Place::new(y, tokens, columns) };
-                    place.add(&multiplier, Strips { left, right }, sums, i == 0, i + 1 == passes.len());
+                    let place =
+                        unsafe { Place::new(y, block_of(&(0..*tokens), block), block_of(here, side)) };
+                    place.add(&multiplier, strips, sums, i == 0, i + 1 == passes.len());
                 }
             }
         });
@@ -164,8 +161,23 @@ type PackRight = fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32],
 
 /// How deep a pass along `summed` numbers is: whole blocks of every format, and passes of about one depth.
 fn depth_a_pass(about: usize, summed: usize) -> usize {
-    let passes = ((summed + about / 2) / about).max(1);
-    summed.div_ceil(passes).next_multiple_of(BLOCKS_OF_ALL)
+    summed.div_ceil(parts(summed, about)).next_multiple_of(BLOCKS_OF_ALL)
+}
+
+/// How many parts of about one length there are.
+fn parts(length: usize, about: usize) -> usize {
+    ((length + about / 2) / about).max(1)
+}
+
+/// Block `i` of some tokens or columns, or what is left of it at their end.
+pub(super) fn block_of(numbers: &Range<usize>, i: usize) -> Range<usize> {
+    let start = numbers.start + i * BLOCK;
+    start..numbers.end.min(start + BLOCK)
+}
+
+/// Both strips of block `i` in tiles that are `depth` deep.
+pub(super) fn block_strips(tiles: &[u16], depth: usize, i: usize) -> [&[u16]; 2] {
+    [2 * i, 2 * i + 1].map(|strip| &tiles[strip * SIDE * depth..][..SIDE * depth])
 }
 
 /// Has `multiply` do so with `activations`, each with the width of its rows, packed for passes of about `depth`.
@@ -243,6 +255,11 @@ impl Cut {
         self.depth.div_ceil(self.pass)
     }
 
+    /// Blocks of tokens, each with all of `sides` blocks of columns.
+    pub(super) fn blocks(&self, sides: usize) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.strips / 2).flat_map(move |block| (0..sides).map(move |side| (block, side)))
+    }
+
     /// What pass `i` sums over, in whole tiles: beyond the width there are zeros.
     pub(super) fn summed(&self, i: usize) -> Range<usize> {
         i * self.pass..self.depth.min((i + 1) * self.pass)
@@ -256,9 +273,10 @@ pub(super) struct Packed<'a> {
 }
 
 impl Packed<'_> {
-    pub(super) fn strip(&self, i: usize, strip: usize) -> &[u16] {
-        let (Cut { strips, pass, .. }, depth) = (self.cut, self.cut.summed(i).len());
-        &self.values[i * pass * strips * SIDE + strip * SIDE * depth..][..SIDE * depth]
+    /// Both strips of block `i`, as pass `pass` needs them.
+    pub(super) fn block(&self, pass: usize, i: usize) -> [&[u16]; 2] {
+        let Cut { strips, pass: deepest, .. } = self.cut;
+        block_strips(&self.values[pass * deepest * strips * SIDE..], self.cut.summed(pass).len(), i)
     }
 }
 

@@ -10,7 +10,8 @@ use super::FrozenMatrix;
 use super::output::{Columns, Scratch};
 use super::product::{TOKENS, columns_a_task};
 use super::product_bf16::{
-    BACKWARD_DEPTH, Cut, FORWARD_DEPTH, Packed, packed_activations, packed_by, sum_of_products,
+    BACKWARD_DEPTH, Cut, FORWARD_DEPTH, Packed, block_of, block_strips, packed_activations, packed_by,
+    sum_of_products,
 };
 use crate::bf16::{BLOCK, Bf16Unit, Multiplier, SIDE, Strips, turned_rows};
 use crate::glu::{Activation, gates};
@@ -75,47 +76,38 @@ impl Gated<'_> {
     ) {
         let (sides, passes) = (here.len().div_ceil(BLOCK), left.cut.passes());
         let (columns, deepest) = (sides * BLOCK, left.cut.pass);
-        let blocks: Vec<_> =
-            (0..left.cut.strips / 2).flat_map(|block| (0..sides).map(move |side| (block, side))).collect();
         // What takes one pass is gated right away.
-        let sums_at_hand = if passes == 1 { 1 } else { blocks.len() };
-        let tiles = 2 * columns * deepest + SIDE * deepest;
-        Scratch::with(
-            sums_at_hand * 2 * BLOCK * BLOCK,
-            tiles,
-            deepest,
-            |Scratch { sums, tiles, numbers }| {
-                let multiplier = Multiplier::new(unit);
-                let (right, rows_at_hand) = tiles.split_at_mut(2 * columns * deepest);
-                let sums = sums.as_chunks_mut::<{ BLOCK * BLOCK }>().0.as_chunks_mut::<2>().0;
-                for pass in 0..passes {
-                    let summed = left.cut.summed(pass);
-                    let strip = SIDE * summed.len();
-                    let halves = right[..2 * columns * summed.len()].chunks_exact_mut(columns * summed.len());
-                    for (w, right) in [self.gate, self.up].into_iter().zip(halves) {
-                        turned_rows(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
+        let sums_at_hand = if passes == 1 { 1 } else { left.cut.blocks(sides).count() };
+        let (sums, tiles) = (sums_at_hand * 2 * BLOCK * BLOCK, 2 * columns * deepest + SIDE * deepest);
+        Scratch::with(sums, tiles, deepest, |Scratch { sums, tiles, numbers }| {
+            let multiplier = Multiplier::new(unit);
+            let (right, rows_at_hand) = tiles.split_at_mut(2 * columns * deepest);
+            let sums = sums.as_chunks_mut::<{ BLOCK * BLOCK }>().0.as_chunks_mut::<2>().0;
+            for pass in 0..passes {
+                let summed = left.cut.summed(pass);
+                let right = &mut right[..2 * columns * summed.len()];
+                let halves = right.chunks_exact_mut(columns * summed.len());
+                for (w, right) in [self.gate, self.up].into_iter().zip(halves) {
+                    turned_rows(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
+                }
+                for (i, (block, side)) in left.cut.blocks(sides).enumerate() {
+                    let sums = &mut sums[i % sums_at_hand];
+                    for (side, sums) in [side, sides + side].into_iter().zip(&mut *sums) {
+                        let right = block_strips(right, summed.len(), side);
+                        let strips = Strips { left: left.block(pass, block), right };
+                        multiplier.multiply_block(strips, pass == 0, sums, BLOCK);
                     }
-                    for (i, &(block, side)) in blocks.iter().enumerate() {
-                        let sums = &mut sums[i % sums_at_hand];
-                        let left = [2 * block, 2 * block + 1].map(|strip| left.strip(pass, strip));
-                        for (first, sums) in [0, columns / SIDE].into_iter().zip(&mut *sums) {
-                            let right = [0, 1].map(|i| &right[(first + 2 * side + i) * strip..][..strip]);
-                            multiplier.multiply_block(Strips { left, right }, pass == 0, sums, BLOCK);
-                        }
-                        if pass + 1 == passes {
-                            let tokens = block * BLOCK..tokens.min((block + 1) * BLOCK);
-                            let columns =
-                                here.start + side * BLOCK..here.end.min(here.start + (side + 1) * BLOCK);
-                            // SAFETY: these columns of the output, and what is kept of them, are this task's alone.
-                            #[allow(unsafe_code)]
-                            unsafe {
-                                self.gate_block(&multiplier, sums, &tokens, &columns, y, kept);
-                            }
+                    if pass + 1 == passes {
+                        let (tokens, columns) = (block_of(&(0..tokens), block), block_of(&here, side));
+                        // SAFETY: these columns of the output, and what is kept of them, are this task's alone.
+                        #[allow(unsafe_code)]
+                        unsafe {
+                            self.gate_block(&multiplier, sums, &tokens, &columns, y, kept);
                         }
                     }
                 }
-            },
-        );
+            }
+        });
     }
 
     /// Writes what a block of both products becomes, and what is kept of it.

@@ -12,7 +12,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{Activation, Glu, GluLoops, Kept};
+use super::{Activation, Glu, GluLoops};
 use crate::card::{addresses, elements, empty, lanes};
 
 impl Glu for Cube {
@@ -46,17 +46,19 @@ impl Glu for Cube {
 }
 
 impl GluLoops for Cube {
-    fn forward_halves(
+    type Kept = (CubeTensor, CubeTensor);
+
+    fn forward(
         gate: CubeTensor,
         up: CubeTensor,
         activation: Activation,
-    ) -> (CubeTensor, Kept<CubeTensor>) {
-        let [gate, up] = [gate, up].map(into_contiguous);
-        (Cube::glu(gate.clone(), up.clone(), activation, false), Kept::Whole(gate, up))
+        halves: bool,
+    ) -> (CubeTensor, Self::Kept) {
+        let (gate, up) = (into_contiguous(gate), into_contiguous(up));
+        (Cube::glu(gate.clone(), up.clone(), activation, halves), (gate, up))
     }
 
-    fn backward(kept: Kept<CubeTensor>, dy: CubeTensor, activation: Activation) -> (CubeTensor, CubeTensor) {
-        let Kept::Whole(gate, up) = kept else { panic!("a graphics card keeps float32") };
+    fn backward((gate, up): Self::Kept, dy: CubeTensor, activation: Activation) -> (CubeTensor, CubeTensor) {
         let dy = into_contiguous(dy);
         let at = || empty(&gate, gate.shape(), DType::F32);
         let (at_gate, at_up) = (at(), at());

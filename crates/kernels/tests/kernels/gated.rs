@@ -1,25 +1,9 @@
 //! The products of a gated feed-forward as one operation, where this processor has it.
 
-use std::sync::Arc;
-
 use burn::tensor::Tensor;
-use pronk_kernels::{
-    Activation, Format, FrozenLinear, FrozenMatrix, Precision, Tracked, computes_on_host, glu, pull_back,
-};
+use pronk_kernels::{Activation, FrozenLinear, Precision, Tracked, computes_on_host, glu, pull_back};
 
-use crate::reference::{Input, devices, host, numbers};
-
-fn layer([rows, cols]: [usize; 2], precision: Precision, seed: u64) -> FrozenLinear {
-    let bytes: Vec<u8> = numbers(rows * cols, seed).iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
-    let matrix = FrozenMatrix::dense(Format::F32, [rows, cols], bytes.into()).unwrap();
-    FrozenLinear::on_host(Arc::new(matrix), precision, None)
-}
-
-fn assert_within(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
-    let far = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    let error = far / expected.iter().fold(1e-30, |top: f64, x| top.max(x.abs()));
-    assert!(found.len() == expected.len() && error <= tolerance, "{what}: {error:e}");
-}
+use crate::reference::{Input, assert_within, devices, frozen_layer, host};
 
 /// The results are those of products in bf16, the gradients as near as what is kept in bf16 lets them be.
 #[test]
@@ -27,7 +11,7 @@ fn gated_products_are_products_gated() {
     const SHAPE: [usize; 2] = [70, 33];
     for (name, device) in devices().into_iter().filter(|(_, device)| computes_on_host(device)) {
         for (tokens, activation) in [(6, Activation::Silu), (67, Activation::GeluTanh)] {
-            let layers = [1, 2].map(|seed| layer(SHAPE, Precision::Bf16, seed));
+            let layers = [1, 2].map(|seed| frozen_layer(SHAPE, Precision::Bf16, seed).0);
             let layers = layers.each_ref();
             let x = Input::random([tokens, SHAPE[1]], 3).on(&device);
             let dy = Input::random([tokens, SHAPE[0]], 4).on(&device);
@@ -58,7 +42,7 @@ fn other_products_are_left_to_others() {
     for (_, device) in devices() {
         let x = |tokens| Input::random([tokens, 33], 3).on(&device);
         let none = |shapes: [[usize; 2]; 2], precision, tokens| {
-            let layers = shapes.map(|shape| layer(shape, precision, 1));
+            let layers = shapes.map(|shape| frozen_layer(shape, precision, 1).0);
             FrozenLinear::gated(layers.each_ref(), &x(tokens), Activation::Silu).is_none()
         };
         assert!(none([[70, 33]; 2], Precision::F32, 67));

@@ -1,31 +1,23 @@
 //! Frozen layers that read one input.
 
-use std::sync::Arc;
-
 use burn::tensor::Tensor;
-use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, Tracked, Update, pull_back};
+use pronk_kernels::{FrozenLinear, Precision, Tracked, Update, pull_back};
 
-use crate::reference::{Input, all_devices, assert_close, check, dot, host, numbers};
+use crate::reference::{
+    Input, all_devices, assert_close, check, frozen_layer, host, times_transposed as product,
+};
 
 const SCALE: f64 = 1.5;
 const RANK: usize = 4;
 const WIDTHS: [usize; 3] = [36, 9, 70];
 
 /// A layer, and its weight.
-fn layer([rows, cols]: [usize; 2], seed: u64) -> (FrozenLinear, Vec<f64>) {
-    let weight = numbers(rows * cols, seed);
-    let bytes: Vec<u8> = weight.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
-    let matrix = FrozenMatrix::dense(Format::F32, [rows, cols], bytes.into()).unwrap();
-    (FrozenLinear::on_host(Arc::new(matrix), Precision::F32, None), weight)
+fn layer(shape: [usize; 2], seed: u64) -> (FrozenLinear, Vec<f64>) {
+    frozen_layer(shape, Precision::F32, seed)
 }
 
 fn update(a: &Tensor<2>, b: &Tensor<2>) -> Update<Tensor<2>> {
     Update { a: a.clone(), b: b.clone(), scaling: SCALE.into() }
-}
-
-/// `x w^T`, `x` in rows of `width`.
-fn product(x: &[f64], w: &[f64], width: usize) -> Vec<f64> {
-    x.chunks(width).flat_map(|x| w.chunks(width).map(move |w| dot(x, w))).collect()
 }
 
 fn sum(x: &[f64], y: &[f64], scale: f64) -> Vec<f64> {
@@ -50,7 +42,7 @@ fn layers_that_read_one_input_run_as_one() {
             |t| {
                 let updates = [Some(update(&t[1], &t[2])), None, Some(update(&t[3], &t[4]))];
                 let layers = layers.iter().map(|(layer, _)| layer).zip(updates).collect();
-                Tensor::cat(FrozenLinear::products(layers, t[0].clone(), None), 1)
+                Tensor::cat(FrozenLinear::products(layers, &t[0], None), 1)
             },
             |values| {
                 let results: Vec<_> = layers.iter().map(|(_, w)| product(&values[0], w, inputs)).collect();
@@ -86,7 +78,7 @@ fn a_layer_adds_to_what_is_there() {
             &tensors,
             |t| {
                 let layers = vec![(&layer, Some(update(&t[1], &t[2])))];
-                FrozenLinear::products(layers, t[0].clone(), Some(t[3].clone())).remove(0)
+                FrozenLinear::products(layers, &t[0], Some(&t[3])).remove(0)
             },
             |values| {
                 let y = sum(&values[3], &product(&values[0], &weight, inputs), 1.0);
@@ -108,7 +100,7 @@ fn results_that_nobody_reads_give_nothing_back() {
         let [a, b] = [factor([RANK, INPUTS], 5), factor([WIDTHS[0], RANK], 6)];
         let updates = [Some(update(&a, &b)), None, None];
         let all = layers.iter().map(|(layer, _)| layer).zip(updates).collect();
-        let results = FrozenLinear::products(all, x.clone(), None);
+        let results = FrozenLinear::products(all, &x, None);
         let dy = Input::random([TOKENS, WIDTHS[1]], 7);
         let gradients = pull_back(&results[1], dy.on(&device));
         let (_, weight) = &layers[1];

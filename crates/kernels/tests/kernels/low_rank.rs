@@ -1,20 +1,11 @@
-use std::sync::Arc;
-
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{
-    Dropout, DropoutKey, Format, FrozenLinear, FrozenMatrix, Precision, Scaling, Update, add_low_rank,
-};
+use pronk_kernels::{Dropout, DropoutKey, FrozenLinear, Precision, Scaling, Update, add_low_rank};
 
-use crate::reference::{Input, check, dot, host, numbers};
+use crate::reference::{Input, check, frozen_layer, host, times_transposed};
 
 const SCALE: f64 = 1.5;
 const DROPOUT: Dropout = Dropout { p: 0.3, key: DropoutKey { seed: 1, step: 2, micro_batch: 3 } };
 const LAYER: &str = "model.layers.0.self_attn.q_proj";
-
-/// `a b^T`, with rows of `width`.
-fn times_transposed(a: &[f64], b: &[f64], width: usize) -> Vec<f64> {
-    a.chunks_exact(width).flat_map(|a| b.chunks_exact(width).map(move |b| dot(a, b))).collect()
-}
 
 /// `y + SCALE * (x A^T) B^T`.
 fn updated(y: &[f64], [x, a, b]: [&[f64]; 3], inputs: usize, rank: usize) -> Vec<f64> {
@@ -90,10 +81,7 @@ fn a_mask_hides_features_from_the_adapter() {
 #[test]
 fn a_layer_and_its_adapter_run_as_one() {
     for [tokens, inputs, outputs, rank] in [[1, 3, 5, 1], [67, 33, 9, 4], [6, 64, 36, 16], [5, 9, 40, 30]] {
-        let weight = numbers(outputs * inputs, 5);
-        let bytes: Vec<u8> = weight.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
-        let matrix = FrozenMatrix::dense(Format::F32, [outputs, inputs], bytes.into()).unwrap();
-        let layer = FrozenLinear::on_host(Arc::new(matrix), Precision::F32, None);
+        let (layer, weight) = frozen_layer([outputs, inputs], Precision::F32, 5);
         let factors = [
             Input::random([tokens, inputs], 2),
             Input::random([rank, inputs], 3),
@@ -107,7 +95,7 @@ fn a_layer_and_its_adapter_run_as_one() {
                 |t| {
                     let scaling = Scaling { scale: SCALE, mask };
                     let update = Update { a: t[1].clone(), b: t[2].clone(), scaling };
-                    FrozenLinear::products(vec![(&layer, Some(update))], t[0].clone(), None).remove(0)
+                    FrozenLinear::products(vec![(&layer, Some(update))], &t[0], None).remove(0)
                 },
                 |values| {
                     let y = times_transposed(&values[0], &weight, inputs);

@@ -1,7 +1,9 @@
 //! Devices, numbers, and the comparison of an operation with its float64 reference.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_kernels::{Tracked, open_devices, pull_back};
+use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, Tracked, open_devices, pull_back};
 
 /// Of the largest expected number.
 pub const TOLERANCE: f64 = 1e-4;
@@ -65,12 +67,17 @@ pub fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
 }
 
 pub fn assert_close(what: &str, found: &[f64], expected: &[f64]) {
+    assert_within(what, found, expected, TOLERANCE);
+}
+
+/// `tolerance` is of the largest expected number.
+pub fn assert_within(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len(), "{what}");
     assert!(found.iter().all(|x| x.is_finite()), "{what}: not all numbers are finite");
     let difference = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     let error = difference / expected.iter().fold(1e-30, |top: f64, x| top.max(x.abs()));
     println!("{what}: relative error {error:.1e}");
-    assert!(error <= TOLERANCE, "{what}: relative error {error:e}, allowed are {TOLERANCE:e}");
+    assert!(error <= tolerance, "{what}: relative error {error:e}, allowed are {tolerance:e}");
 }
 
 /// The gradient of `f` at `x` by central differences; in float64 good to nine digits.
@@ -89,6 +96,19 @@ pub fn slopes(f: impl Fn(&[f64]) -> f64, x: &[f64]) -> Vec<f64> {
 
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// `a b^T`, with rows of `width`.
+pub fn times_transposed(a: &[f64], b: &[f64], width: usize) -> Vec<f64> {
+    a.chunks_exact(width).flat_map(|a| b.chunks_exact(width).map(move |b| dot(a, b))).collect()
+}
+
+/// A frozen layer in float32, and its weight.
+pub fn frozen_layer([rows, cols]: [usize; 2], precision: Precision, seed: u64) -> (FrozenLinear, Vec<f64>) {
+    let weight = numbers(rows * cols, seed);
+    let bytes: Vec<u8> = weight.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
+    let matrix = FrozenMatrix::dense(Format::F32, [rows, cols], bytes.into()).unwrap();
+    (FrozenLinear::on_host(Arc::new(matrix), precision, None), weight)
 }
 
 /// Compares `operation` with `reference` on every device: its result on plain tensors, and the
