@@ -6,6 +6,8 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+#[cfg(feature = "cube")]
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{
     Autodiff, Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
@@ -183,7 +185,7 @@ impl Products for burn::backend::Cube {
         let product = |layer: &Layer<_>| {
             let y = Self::frozen_product(x.clone(), layer.w.clone(), Direction::Forward, layers.precision);
             match &layers.onto {
-                Some(onto) => Self::float_add(y, onto.clone()),
+                Some(onto) => <Self as FloatTensorOps<Self>>::float_add(y, onto.clone()),
                 None => y,
             }
         };
@@ -194,7 +196,7 @@ impl Products for burn::backend::Cube {
         let product = |(w, dy): &Term<Self>| {
             Self::frozen_product(dy.clone(), (*w).clone(), Direction::Backward, precision)
         };
-        terms.iter().map(product).reduce(Self::float_add)
+        terms.iter().map(product).reduce(<Self as FloatTensorOps<Self>>::float_add)
     }
 }
 
