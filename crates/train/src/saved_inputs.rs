@@ -29,16 +29,16 @@ impl SavedInputs {
 
     pub(crate) fn save(self, x: &Tensor<2>) -> SavedInput {
         match self {
-            Self::Bf16 => SavedInput::Tensor(x.clone().cast(FloatDType::BF16)),
+            Self::Bf16 => SavedInput::Tensor(Box::new(x.clone().cast(FloatDType::BF16))),
             Self::Host if !computes_on_host(&x.device()) => SavedInput::Data(x.to_data()),
-            Self::F32 | Self::Host => SavedInput::Tensor(x.clone()),
+            Self::F32 | Self::Host => SavedInput::Tensor(Box::new(x.clone())),
         }
     }
 }
 
 /// A block's input that was saved.
 pub(crate) enum SavedInput {
-    Tensor(Tensor<2>),
+    Tensor(Box<Tensor<2>>),
     Data(TensorData),
 }
 
