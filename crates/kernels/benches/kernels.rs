@@ -285,3 +285,38 @@ mod frozen_product {
         product(bencher, Format::Bf16, [2048, 2048], 8 * TOKENS, false);
     }
 }
+
+/// The three products of a block with what gates them, or where that is not one operation, one after another.
+mod feed_forward {
+    use super::*;
+    use pronk_kernels::{Activation, glu};
+
+    fn layers(shape: Shape) -> [FrozenLinear; 3] {
+        let Shape { hidden, inner, .. } = shape;
+        [[inner, hidden], [inner, hidden], [hidden, inner]].map(|shape| frozen(Format::Bf16, shape))
+    }
+
+    fn run([gate, up, down]: [&FrozenLinear; 3], x: &Tensor<2>) -> Tensor<2> {
+        let activation = Activation::Silu;
+        FrozenLinear::feed_forward([gate, up, down], x, Some(x), activation, true).unwrap_or_else(|| {
+            let [gate, up] = [gate, up].map(|layer| layer.product(x.clone()));
+            down.product(glu(gate, up, activation, Precision::fastest()))
+        })
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn forward(bencher: Bencher, shape: Shape) {
+        let (layers, x) = (layers(shape), random([TOKENS, shape.hidden]));
+        let operations = 6 * TOKENS * shape.inner * shape.hidden;
+        bencher.counter(ItemsCount::new(operations)).bench_local(|| run(layers.each_ref(), &x));
+    }
+
+    #[divan::bench(args = [SMALL, LARGE])]
+    fn gradient(bencher: Bencher, shape: Shape) {
+        let (layers, x) = (layers(shape), random([TOKENS, shape.hidden]));
+        let dy = random([TOKENS, shape.hidden]);
+        let operations = 12 * TOKENS * shape.inner * shape.hidden;
+        let both = || pull_back(&run(layers.each_ref(), &x.clone().tracked()), dy.clone());
+        bencher.counter(ItemsCount::new(operations)).bench_local(both);
+    }
+}

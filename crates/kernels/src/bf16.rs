@@ -4,4 +4,4 @@ mod packing;
 mod tiles;
 
 pub(crate) use packing::{RoundedRows, left_strip, paired_rows, turned_rows};
-pub(crate) use tiles::{BLOCK, Bf16Unit, DEPTH, Multiplier, SIDE, Strips, Sums, round};
+pub(crate) use tiles::{BLOCK, Bf16Unit, DEPTH, Multiplier, SIDE, Strips, Sums, TILE, round};

@@ -7,8 +7,8 @@
 #[cfg(feature = "cube")]
 mod cube;
 mod dense;
+mod feed_forward;
 mod format;
-mod gated;
 mod ggml;
 mod int8;
 mod layers;
@@ -19,12 +19,12 @@ mod operation;
 mod output;
 mod product;
 mod product_bf16;
-mod product_gated;
+mod product_feed_forward;
 mod weight;
 pub(crate) mod wide;
 
+pub(crate) use feed_forward::feed_forward;
 pub use format::{Format, FrozenError};
-pub(crate) use gated::gated_products;
 pub use int8::quantize_int8;
 pub use layers::Update;
 pub(crate) use layers::{Layer, frozen_layers};

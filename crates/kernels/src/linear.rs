@@ -4,7 +4,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::direction::Direction;
 use crate::frozen::{
-    FrozenMatrix, FrozenWeight, Layer, Precision, Update, frozen_layers, frozen_product, gated_products,
+    FrozenMatrix, FrozenWeight, Layer, Precision, Update, feed_forward, frozen_layers, frozen_product,
     unread_product,
 };
 use crate::glu::Activation;
@@ -135,21 +135,25 @@ impl FrozenLinear {
         alone.collect()
     }
 
-    /// `activation(gate(x)) * up(x)` in one operation, of layers without a bias whose products are in bf16, where there is
-    /// such an operation: it keeps their results in bf16 too.
+    /// `down(activation(gate(x)) * up(x))`, added to `onto` if that is there, in one operation of layers without a bias whose
+    /// products are in bf16, where there is such an operation. It keeps what is gated in bf16 too. Where it is not to be
+    /// `read`, gradients go back through it as they should, its numbers may be any.
     ///
     /// # Shapes
-    /// - x: `[tokens, in]`
-    /// - result: `[tokens, out]`
-    pub fn gated([gate, up]: [&Self; 2], x: &Tensor<2>, activation: Activation) -> Option<Tensor<2>> {
-        match (&gate.weight, &up.weight) {
-            (Weight::Frozen(g, Precision::Bf16), Weight::Frozen(u, Precision::Bf16))
-                if gate.bias.is_none() && up.bias.is_none() =>
-            {
-                gated_products(x, [g, u], activation)
-            }
+    /// - x, onto and result: `[tokens, hidden]`
+    pub fn feed_forward(
+        layers: [&Self; 3],
+        x: &Tensor<2>,
+        onto: Option<&Tensor<2>>,
+        activation: Activation,
+        read: bool,
+    ) -> Option<Tensor<2>> {
+        let weights = layers.map(|layer| match &layer.weight {
+            Weight::Frozen(weight, Precision::Bf16) if layer.bias.is_none() => Some(weight),
             _ => None,
-        }
+        });
+        let [Some(gate), Some(up), Some(down)] = weights else { return None };
+        feed_forward(x, onto, [gate, up, down], activation, read)
     }
 
     /// `y + b`, or `y` where there is no bias.

@@ -2,9 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Device, Tensor};
-use pronk_kernels::{
-    Activation, Dropout, FrozenLinear, Precision, Scaling, Update, add_low_rank, glu, residual,
-};
+use pronk_kernels::{Activation, Dropout, FrozenLinear, Precision, Scaling, Update, add_low_rank, residual};
 
 use crate::dora::weight_norms;
 use crate::{Adapter, LoraPair, WeightNorms};
@@ -112,24 +110,24 @@ impl LoraLinear {
         })
     }
 
-    /// `activation(gate(x)) * up(x)`, in one operation where no adapter sits on either.
+    /// `down(activation(gate(x)) * up(x))`, added to `onto` if that is there, in one operation where there is one: where no
+    /// adapter sits on the three, and nobody wants to look at what they read. See [`FrozenLinear::feed_forward`].
     ///
     /// # Shapes
-    /// - x: `[tokens, in]`
-    /// - result: `[tokens, out]`
-    pub fn gated(layers: [&Self; 2], x: Tensor<2>, activation: Activation, mode: ForwardMode) -> Tensor<2> {
+    /// - x, onto and result: `[tokens, hidden]`
+    pub fn feed_forward(
+        layers: [&Self; 3],
+        x: &Tensor<2>,
+        onto: Option<&Tensor<2>>,
+        activation: Activation,
+        mode: ForwardMode,
+        read: bool,
+    ) -> Option<Tensor<2>> {
         let bare = |layer: &Self| layer.pair(mode).is_none() && layer.trained_bias(mode).is_none();
-        if layers.into_iter().all(bare)
-            && let Some(y) = FrozenLinear::gated(layers.map(|layer| &layer.base), &x, activation)
-        {
-            for layer in layers {
-                layer.keep_input(&x, mode);
-            }
-            return y;
+        if mode.inputs.is_some() || !layers.into_iter().all(bare) {
+            return None;
         }
-        let [gate, up] = Self::forward_all(layers, &x, mode);
-        drop(x); // the block's largest tensors are still to come
-        glu(gate, up, activation, layers[0].precision())
+        FrozenLinear::feed_forward(layers.map(|layer| &layer.base), x, onto, activation, read)
     }
 
     /// `stream` with [`Self::forward`] added to it.

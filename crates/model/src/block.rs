@@ -69,8 +69,7 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Tensor<2> {
         let x = self.attended(x, layout, mode, cache);
-        let [x, h] = rms_norm_beside(x, &self.feed_forward_norms.before, self.rms_norm_eps);
-        self.onto(x, &self.down_proj, &self.gated(h, mode), &self.feed_forward_norms, mode)
+        self.fed_forward(x, mode, true)
     }
 
     /// The graph of [`Self::forward`] for gradients alone: nobody reads its output, and the last product
@@ -79,12 +78,8 @@ impl Block {
     /// # Shapes
     /// - x and result: `[tokens, hidden]`
     pub fn forward_unread(&self, x: Tensor<2>, layout: &Layout, mode: ForwardMode) -> Tensor<2> {
-        if self.feed_forward_norms.after.is_some() {
-            return self.forward(x, layout, mode, None);
-        }
         let x = self.attended(x, layout, mode, None);
-        let [x, h] = rms_norm_beside(x, &self.feed_forward_norms.before, self.rms_norm_eps);
-        residual(x, self.down_proj.forward_unread(self.gated(h, mode), mode))
+        self.fed_forward(x, mode, self.feed_forward_norms.after.is_some())
     }
 
     /// `x` with what attention adds to it.
@@ -97,6 +92,28 @@ impl Block {
     ) -> Tensor<2> {
         let [x, h] = rms_norm_beside(x, &self.attention_norms.before, self.rms_norm_eps);
         self.onto(x, &self.o_proj, &self.attention(h, layout, mode, cache), &self.attention_norms, mode)
+    }
+
+    /// `x` with what the feed-forward adds to it, in one operation where there is one. See [`LoraLinear::feed_forward`].
+    fn fed_forward(&self, x: Tensor<2>, mode: ForwardMode, read: bool) -> Tensor<2> {
+        let Self { feed_forward_norms: norms, down_proj, activation, .. } = self;
+        let [x, h] = rms_norm_beside(x, &norms.before, self.rms_norm_eps);
+        if let Projections::Apart([gate, up]) = &self.gate_up {
+            let onto = norms.after.is_none().then_some(&x);
+            let layers = [gate, up, down_proj];
+            if let Some(y) = LoraLinear::feed_forward(layers, &h, onto, *activation, mode, read) {
+                return match &norms.after {
+                    Some(weight) => residual(x, rms_norm(y, weight, self.rms_norm_eps)),
+                    None => y,
+                };
+            }
+        }
+        let h = self.gated(h, mode);
+        if read {
+            self.onto(x, down_proj, &h, norms, mode)
+        } else {
+            residual(x, down_proj.forward_unread(h, mode))
+        }
     }
 
     /// `x + layer(h)`, with the norm between where there is one.
@@ -174,12 +191,8 @@ impl Block {
 
     /// What the feed-forward projects down.
     fn gated(&self, x: Tensor<2>, mode: ForwardMode) -> Tensor<2> {
-        match &self.gate_up {
-            Projections::Apart([gate, up]) => LoraLinear::gated([gate, up], x, self.activation, mode),
-            Projections::Packed(layer, _) => {
-                let [gate, up] = self.gate_up.forward(&x, mode);
-                glu(gate, up, self.activation, layer.precision())
-            }
-        }
+        let [gate, up] = self.gate_up.forward(&x, mode);
+        drop(x); // the block's largest tensors are still to come
+        glu(gate, up, self.activation, self.gate_up.layers()[0].precision())
     }
 }

@@ -29,7 +29,15 @@ unsafe impl<T: Sync> Sync for Columns<'_, T> {}
 impl<'a, T: Copy> Columns<'a, T> {
     /// All of an output, in rows of `width`.
     pub(super) fn of(output: &'a mut [MaybeUninit<T>], width: usize) -> Self {
-        let (start, rows) = (output.as_mut_ptr().cast(), output.len() / width);
+        Self::at_start(output.as_mut_ptr().cast(), output.len() / width, width)
+    }
+
+    /// All of what is there already.
+    pub(super) fn over(numbers: &'a mut [T], width: usize) -> Self {
+        Self::at_start(numbers.as_mut_ptr(), numbers.len() / width, width)
+    }
+
+    fn at_start(start: *mut T, rows: usize, width: usize) -> Self {
         Self { start, rows, width, onto: None, numbers: PhantomData }
     }
 

@@ -9,7 +9,8 @@ use super::FrozenMatrix;
 use super::output::{Columns, Scratch};
 use super::product::{column_step, columns_a_task};
 use crate::bf16::{
-    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, Sums, left_strip, paired_rows, turned_rows,
+    BLOCK, Bf16Unit, DEPTH, Multiplier, RoundedRows, SIDE, Strips, Sums, TILE, left_strip, paired_rows,
+    turned_rows,
 };
 use crate::cache_line::prefetch;
 use crate::scratch::grown;
@@ -24,6 +25,18 @@ pub(super) const BACKWARD_DEPTH: usize = 512;
 /// `x W^T` of matrices of one width, each to the place beside it. Activations are packed once.
 pub(super) fn forward_bf16(unit: Bf16Unit, products: &[(&FrozenMatrix, Columns)], x: &[f32]) {
     let cols = products[0].0.shape()[1];
+    packed_activations(unit, &[(x, cols)], FORWARD_DEPTH, |left| {
+        each_product(unit, products, &left[0], x.len() / cols);
+    });
+}
+
+/// The same, with `x` packed.
+pub(super) fn each_product(
+    unit: Bf16Unit,
+    products: &[(&FrozenMatrix, Columns)],
+    left: &Packed,
+    tokens: usize,
+) {
     let about = columns_a_task(products.iter().map(|(w, _)| w.shape()[0]).sum(), BLOCK);
     let tasks = products.iter().flat_map(|&(w, y)| {
         let [rows, _] = w.shape();
@@ -31,11 +44,8 @@ pub(super) fn forward_bf16(unit: Bf16Unit, products: &[(&FrozenMatrix, Columns)]
         (0..rows).step_by(columns).map(move |start| (w, y, start..rows.min(start + columns)))
     });
     let tasks: Vec<_> = tasks.collect();
-    packed_activations(unit, &[(x, cols)], FORWARD_DEPTH, |left| {
-        tasks.into_par_iter().for_each(|(w, y, here)| {
-            let task = Task { unit, pack: turned_rows, tokens: x.len() / cols, here };
-            task.run(&[(w, &left[0])], y);
-        });
+    tasks.into_par_iter().for_each(|(w, y, here)| {
+        Task { unit, pack: turned_rows, here: here.clone() }.run(&[(w, left)], to_places(y, 0..tokens, here));
     });
 }
 
@@ -61,50 +71,72 @@ pub(super) fn sum_of_products(
     let terms: Vec<_> = matrices.iter().copied().zip(left).collect();
     (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
         let here = task * columns..cols.min((task + 1) * columns);
-        Task { unit, pack: paired_rows, tokens, here }.run(&terms, dx);
+        Task { unit, pack: paired_rows, here: here.clone() }.run(&terms, to_places(dx, 0..tokens, here));
     });
 }
 
 /// Some columns of an output, which a thread computes.
-struct Task {
-    unit: Bf16Unit,
-    pack: PackRight,
-    tokens: usize,
-    here: Range<usize>,
+pub(super) struct Task {
+    pub(super) unit: Bf16Unit,
+    pub(super) pack: PackRight,
+    pub(super) here: Range<usize>,
+}
+
+/// What a task has to do: to multiply a block's strips and add them to the sums of the passes before.
+pub(super) struct Step<'a> {
+    pub(super) strips: Strips<'a>,
+    /// Of the passes before, unless this is the `first`.
+    pub(super) sums: &'a mut [f32; BLOCK * BLOCK],
+    pub(super) first: bool,
+    pub(super) last: bool,
+    /// Which block of tokens, and which of the task's columns.
+    pub(super) at: [usize; 2],
 }
 
 impl Task {
     /// Sums what the terms are, activations times a matrix: a pass along the summed dimension at a time, for each of which
-    /// the part of the matrix that these columns need is packed.
-    fn run(&self, terms: &[(&FrozenMatrix, &Packed)], y: Columns) {
-        let Self { unit, pack, tokens, here } = self;
-        let (sides, strips) = (here.len().div_ceil(BLOCK), terms[0].1.cut.strips);
+    /// the part of the matrix that these columns need is packed, and `take` does every block's step.
+    pub(super) fn run(&self, terms: &[(&FrozenMatrix, &Packed)], take: impl Fn(&Multiplier, Step)) {
+        let Self { unit, pack, here } = self;
+        let (sides, cut) = (here.len().div_ceil(BLOCK), terms[0].1.cut);
         let (columns, deepest) =
             (sides * BLOCK, terms.iter().map(|(_, left)| left.cut.pass).fold(0, usize::max));
         let at_hand = (SIDE * deepest).max(2 * columns);
-        let sizes = (strips * SIDE * columns, columns * deepest + at_hand, columns.max(deepest));
         let passes: Vec<_> = terms
             .iter()
             .flat_map(|&(w, left)| (0..left.cut.passes()).map(move |pass| (w, left, pass)))
             .collect();
-        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums, tiles, numbers }| {
+        // What takes one pass is done with right away.
+        let sums = if passes.len() == 1 { 1 } else { cut.blocks(sides).count() };
+        let sizes = (sums * BLOCK * BLOCK, columns * deepest + at_hand, columns.max(deepest));
+        Scratch::with(sizes.0, sizes.1, sizes.2, |Scratch { sums: memory, tiles, numbers }| {
             let multiplier = Multiplier::new(*unit);
             let (right, rows_at_hand) = tiles.split_at_mut(columns * deepest);
+            let memory = memory.as_chunks_mut().0;
             for (i, &(w, left, pass)) in passes.iter().enumerate() {
                 let summed = left.cut.summed(pass);
                 let right = &mut right[..columns * summed.len()];
                 pack(w, &multiplier, here.start, summed.clone(), numbers, rows_at_hand, right);
-                for ((block, side), sums) in left.cut.blocks(sides).zip(sums.as_chunks_mut().0) {
+                let (first, last) = (i == 0, i + 1 == passes.len());
+                for (i, (block, side)) in cut.blocks(sides).enumerate() {
                     let right = block_strips(right, summed.len(), side);
                     let strips = Strips { left: left.block(pass, block), right };
-                    // SAFETY: these columns of the output are this task's alone.
-                    #[allow(unsafe_code)]
-                    let place =
-                        unsafe { Place::new(y, block_of(&(0..*tokens), block), block_of(here, side)) };
-                    place.add(&multiplier, strips, sums, i == 0, i + 1 == passes.len());
+                    let sums = &mut memory[i % sums];
+                    take(&multiplier, Step { strips, sums, first, last, at: [block, side] });
                 }
             }
         });
+    }
+}
+
+/// Steps that write to columns `here` of an output, which are a task's alone.
+fn to_places(y: Columns<'_>, tokens: Range<usize>, here: Range<usize>) -> impl Fn(&Multiplier, Step) {
+    move |multiplier, step| {
+        let [block, side] = step.at;
+        // SAFETY: these columns of the output are this task's alone.
+        #[allow(unsafe_code)]
+        let place = unsafe { Place::new(y, block_of(&tokens, block), block_of(&here, side)) };
+        place.add(multiplier, step);
     }
 }
 
@@ -123,17 +155,11 @@ impl<'a> Place<'a> {
         Self { y, tokens, columns }
     }
 
-    /// Adds the product of `strips` to the `sums` of the passes before, or to what the output is added to if this is the
-    /// `first`; the `last` goes to where it belongs, while the next one is being multiplied.
-    fn add(
-        &self,
-        multiplier: &Multiplier,
-        strips: Strips,
-        sums: &mut [f32; BLOCK * BLOCK],
-        first: bool,
-        last: bool,
-    ) {
+    /// Adds a product to the sums of the passes before, or to what the output is added to if this is the first; the last
+    /// goes to where it belongs, while the next one is being multiplied.
+    fn add(&self, multiplier: &Multiplier, step: Step) {
         let Self { y, tokens, columns } = self;
+        let Step { strips, sums, first, last, .. } = step;
         let whole = y.block(tokens, columns);
         let kept = Sums { start: sums.as_mut_ptr(), stride: BLOCK };
         let before = if first { y.block_onto(tokens, columns) } else { Some(kept) };
@@ -157,7 +183,8 @@ impl<'a> Place<'a> {
 
 /// Fills strips of right tiles with the part of a matrix that begins at a column of the output, along a part
 /// of the summed dimension; the memory of single numbers and rows is lent.
-type PackRight = fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32], &mut [u16], &mut [u16]);
+pub(super) type PackRight =
+    fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32], &mut [u16], &mut [u16]);
 
 /// How deep a pass along `summed` numbers is: whole blocks of every format, and passes of about one depth.
 fn depth_a_pass(about: usize, summed: usize) -> usize {
@@ -188,31 +215,24 @@ pub(super) fn packed_activations<R>(
     multiply: impl FnOnce(&[Packed]) -> R,
 ) -> R {
     let cuts: Vec<_> = activations.iter().map(|(x, width)| Cut::new(x.len(), *width, depth)).collect();
-    let pack = |memory: Vec<&mut [u16]>| {
-        for ((&(x, width), cut), memory) in activations.iter().zip(&cuts).zip(memory) {
-            cut.pack(unit, x, width, memory);
-        }
-    };
-    packed_by(&cuts, pack, multiply)
+    with_room(cuts.iter().map(|cut| cut.numbers()).sum(), |mut room| {
+        let packed = activations.iter().zip(cuts).map(|(&(x, width), cut)| {
+            let (here, rest) = std::mem::take(&mut room).split_at_mut(cut.numbers());
+            room = rest;
+            cut.pack(unit, x, width, here)
+        });
+        multiply(&packed.collect::<Vec<_>>())
+    })
 }
 
-/// Has `multiply` do so with what `pack` writes to as many pieces of memory as there are cuts.
-pub(super) fn packed_by<R>(
-    cuts: &[Cut],
-    pack: impl FnOnce(Vec<&mut [u16]>),
-    multiply: impl FnOnce(&[Packed]) -> R,
-) -> R {
+/// Lends room for `numbers`, in which earlier products packed their activations.
+pub(super) fn with_room<R>(numbers: usize, f: impl FnOnce(&mut [u16]) -> R) -> R {
     thread_local! {
-        /// Memory that earlier products packed their activations in.
-        static MEMORY: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
+        static ROOM: Cell<Vec<u16>> = const { Cell::new(Vec::new()) };
     }
-    let mut memory = MEMORY.take();
-    let mut rest = grown(&mut memory, cuts.iter().map(Cut::numbers).sum());
-    pack(cuts.iter().filter_map(|cut| rest.split_off_mut(..cut.numbers())).collect());
-    let mut rest = &memory[..];
-    let part = |cut: &Cut| Some(Packed { values: rest.split_off(..cut.numbers())?, cut: *cut });
-    let result = multiply(&cuts.iter().filter_map(part).collect::<Vec<_>>());
-    MEMORY.set(memory);
+    let mut room = ROOM.take();
+    let result = f(grown(&mut room, numbers));
+    ROOM.set(room);
     result
 }
 
@@ -234,13 +254,19 @@ impl Cut {
         Self { strips, depth: width.next_multiple_of(DEPTH), pass: depth_a_pass(about, width) }
     }
 
-    fn numbers(&self) -> usize {
+    pub(super) fn numbers(self) -> usize {
         self.strips * SIDE * self.depth
     }
 
     /// `x`, `[tokens, width]`, in `memory`.
-    fn pack(&self, unit: Bf16Unit, x: &[f32], width: usize, memory: &mut [u16]) {
-        let Self { strips, pass, .. } = *self;
+    pub(super) fn pack<'a>(
+        self,
+        unit: Bf16Unit,
+        x: &[f32],
+        width: usize,
+        memory: &'a mut [u16],
+    ) -> Packed<'a> {
+        let Self { strips, pass, .. } = self;
         for (i, values) in memory.chunks_mut(strips * SIDE * pass).enumerate() {
             let deep = values.len() / (strips * SIDE);
             let columns = i * pass..width.min(i * pass + deep);
@@ -249,6 +275,7 @@ impl Cut {
                 left_strip(&Multiplier::new(unit), rows.map(|row| &row[columns.clone()]), values);
             });
         }
+        Packed { values: memory, cut: self }
     }
 
     pub(super) fn passes(&self) -> usize {
@@ -268,8 +295,49 @@ impl Cut {
 
 /// Activations in bf16.
 pub(super) struct Packed<'a> {
-    values: &'a [u16],
+    pub(super) values: &'a [u16],
     pub(super) cut: Cut,
+}
+
+/// Room for activations in bf16, of which tasks write disjoint blocks.
+pub(super) struct Room<'a> {
+    /// A row of each is a strip.
+    passes: Vec<Columns<'a, u16>>,
+    cut: Cut,
+}
+
+// A block is a tile of each of two strips.
+const _: () = assert!(BLOCK == DEPTH && BLOCK == 2 * SIDE);
+
+impl<'a> Room<'a> {
+    pub(super) fn of(memory: &'a mut [u16], cut: Cut) -> Self {
+        let Cut { strips, pass, .. } = cut;
+        let passes = memory.chunks_mut((strips * SIDE * pass).max(1)).map(|pass| {
+            let width = pass.len() / strips;
+            Columns::over(pass, width)
+        });
+        Self { passes: passes.collect(), cut }
+    }
+
+    /// Writes the numbers of a block: which one of tokens, and which of columns.
+    ///
+    /// # Safety
+    /// No other task touches this block.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn put(
+        &self,
+        multiplier: &Multiplier,
+        numbers: &[f32; BLOCK * BLOCK],
+        [block, side]: [usize; 2],
+    ) {
+        let (pass, tile) = (side * BLOCK / self.cut.pass, side * BLOCK % self.cut.pass / DEPTH);
+        for (half, numbers) in numbers.as_chunks::<TILE>().0.iter().enumerate() {
+            let mut rounded = [0; TILE];
+            multiplier.round(numbers, &mut rounded);
+            // SAFETY: by what is asked for.
+            unsafe { self.passes[pass].copy(2 * block + half, &(tile * TILE..(tile + 1) * TILE), &rounded) };
+        }
+    }
 }
 
 impl Packed<'_> {

@@ -69,7 +69,7 @@ fn backward_by(gate: &mut [f32], up: &mut [f32], dy: &[f32], activation: impl Fn
 }
 
 /// Numbers of each that are kept side by side: gates, then what they gate.
-pub const TURN: usize = 32;
+pub const TURN: usize = 1024;
 
 /// How many numbers are kept of so many gates: whole turns.
 pub fn kept_of(gates: usize) -> usize {

@@ -7,11 +7,11 @@ mod attention;
 mod cross_entropy;
 mod dropout;
 mod features;
+mod feed_forward;
 mod frozen_formats;
 #[cfg(any(feature = "cubecl-cpu", feature = "cuda"))]
 mod frozen_on_cards;
 mod frozen_products;
-mod gated;
 mod layers;
 mod lent;
 mod low_rank;
