@@ -59,9 +59,9 @@ pub struct Footprint {
     pub block_graph: u64,
     /// A chunk of logits, the head that makes them, and its gradient by them.
     pub logits: u64,
-    /// A save that is being written while the next step computes, of what is trained whole; the rest hardly counts.
+    /// A save that is being written while the next step computes, which is in the host's memory.
     pub save: u64,
-    /// What a step of the optimizer computes in, or what a save is put together in.
+    /// What a step of the optimizer computes in, or what a save of what is trained whole is put together in.
     pub step: u64,
     /// The matrix that is dense for its product, on a card.
     pub dense: u64,
@@ -175,7 +175,9 @@ impl Shapes {
         let layers = self.model.num_hidden_layers;
         let kept = kept.min(layers);
         let numbers = self.adapter_numbers * FLOAT;
-        let (adapter_file, states_file) = (self.whole_in_file * FLOAT, self.whole_numbers * self.state_bytes);
+        let in_file = (self.adapter_numbers - self.whole_numbers + self.whole_in_file) * FLOAT;
+        let states = self.adapter_numbers * self.state_bytes;
+        let whole_file = self.whole_in_file * FLOAT + self.whole_numbers * self.state_bytes;
         let largest = self.embedding_numbers.max(self.head_numbers) * FLOAT;
         let tokens = work.tokens as u64;
         let input = tokens * self.model.hidden_size as u64 * self.saved_bytes;
@@ -183,14 +185,14 @@ impl Shapes {
             weights: self.weights.resident,
             streamed: self.weights.streamed_head > 0,
             adapter: numbers * if self.keeps_start { 2 } else { 1 },
-            optimizer: numbers + self.adapter_numbers * self.state_bytes,
+            optimizer: numbers + states,
             saved_inputs: (layers - kept) as u64 * input,
             kept_graphs: kept as u64 * self.graph(work),
             block_graph: self.graph(work) + self.backward(work),
             logits: self.logits(work),
             // The adapter to use and the checkpoint's.
-            save: 2 * adapter_file + states_file,
-            step: (self.step_copies * largest).max(adapter_file + states_file),
+            save: if self.on_card() { 0 } else { 2 * in_file + states },
+            step: (self.step_copies * largest).max(whole_file),
             dense: self.weights.dense,
             start: self.start,
             program: if self.on_card() { CONTEXT } else { PROGRAM },
@@ -378,9 +380,10 @@ pub(crate) mod tests {
         let mut card = host.clone();
         card.weights = WeightBytes { memory: Memory::Card, dense: 1 << 16, ..host.weights };
         let (host, card) = (host.footprint(work, 4), card.footprint(work, 4));
+        assert!(host.save > 0 && card.save == 0);
         assert_eq!(card.kept_graphs, host.kept_graphs);
         let beside = attention_bytes_on_card(4, 10_000) as u64;
         assert_eq!(card.block_graph - host.block_graph, beside);
-        assert_eq!(card.peak() - host.peak(), beside + (1 << 16) + CONTEXT - PROGRAM);
+        assert_eq!(card.peak() - host.peak() + host.save, beside + (1 << 16) + CONTEXT - PROGRAM);
     }
 }
