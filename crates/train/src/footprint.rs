@@ -20,6 +20,10 @@ const PROGRAM: u64 = 70 << 20;
 /// What a card holds for the program: the driver's context and the compiled kernels. An estimate, from what
 /// nvidia-smi shows for processes that have allocated nothing yet.
 const CONTEXT: u64 = 500 << 20;
+/// About how many bytes of a save are written, synced and read back in a second.
+const SAVED_A_SECOND: f64 = 200e6;
+/// Operations that a fast processor does in the same time: on a slower one a step lasts longer, and a save is over sooner.
+const DONE_A_SECOND: f64 = 1e12;
 
 /// What a micro-batch brings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +63,7 @@ pub struct Footprint {
     pub block_graph: u64,
     /// A chunk of logits, the head that makes them, and its gradient by them.
     pub logits: u64,
-    /// A save that is being written while the next step computes, which is in the host's memory.
+    /// A save that is still being written at the next step's worst moment, in the host's memory.
     pub save: u64,
     /// What a step of the optimizer computes in, or what a save of what is trained whole is put together in.
     pub step: u64,
@@ -191,7 +195,7 @@ impl Shapes {
             block_graph: self.graph(work) + self.backward(work),
             logits: self.logits(work),
             // The adapter to use and the checkpoint's.
-            save: if self.on_card() { 0 } else { 2 * in_file + states },
+            save: self.save(2 * in_file + states, self.operations(work, kept)),
             step: (self.step_copies * largest).max(whole_file),
             dense: self.weights.dense,
             start: self.start,
@@ -234,6 +238,13 @@ impl Shapes {
         self.weights.memory == Memory::Card
     }
 
+    /// What of a save, the adapter to use and a checkpoint, is in the way of a step of so many operations: a small one is
+    /// written before that keeps much.
+    fn save(&self, bytes: u64, operations: f64) -> u64 {
+        let outlasts = bytes as f64 / SAVED_A_SECOND > operations / DONE_A_SECOND / 2.0;
+        if outlasts && !self.on_card() { bytes } else { 0 }
+    }
+
     /// What autodiff keeps of one block: the inputs of the operations that are not linear, and of
     /// the linear layers with an adapter. A frozen product keeps nothing.
     fn graph(&self, work: Workload) -> u64 {
@@ -255,9 +266,11 @@ impl Shapes {
     }
 
     /// What the backward pass of a block holds beside its graph: the gradients of the widest layer, those of its gates
-    /// as they are kept themselves, and on a card scores of attention.
+    /// as they are kept themselves, and on a card scores of attention. A feed-forward in one operation has the latter alone.
     fn backward(&self, work: Workload) -> u64 {
-        let intermediate = (1 + self.gates()) * self.model.intermediate_size;
+        let one = self.gates() == 1
+            && !["gate_proj", "up_proj", "down_proj"].iter().any(|&name| self.adapted.contains(name));
+        let intermediate = (usize::from(!one) + self.gates()) * self.model.intermediate_size;
         let numbers = work.tokens * (intermediate + 2 * self.model.hidden_size);
         let heads = self.model.num_attention_heads;
         let scores = if self.on_card() { attention_bytes_on_card(heads, work.pairs) } else { 0 };
@@ -370,6 +383,18 @@ pub(crate) mod tests {
         };
         let saved = if Precision::fastest() == Precision::Bf16 { 4 * 100 * 256 * FLOAT } else { 0 };
         assert_eq!(graphs(Precision::F32) - graphs(Precision::Bf16), saved);
+    }
+
+    /// Many tokens take longer than a small save, few do not.
+    #[test]
+    fn a_save_counts_where_it_outlasts_a_step() {
+        let save = |tokens| {
+            let work = Workload { tokens, supervised: tokens, pairs: 0 };
+            shapes().footprint(work, 4).save
+        };
+        let numbers = shapes().adapter_numbers;
+        assert_eq!(save(100), numbers * (2 * FLOAT + OptimizerKind::default().state_bytes()));
+        assert_eq!(save(100_000), 0);
     }
 
     /// Scores of 4 heads, while a block's backward pass runs; one dense matrix, all the time.
