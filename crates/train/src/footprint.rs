@@ -100,6 +100,8 @@ pub struct Shapes {
     keeps_start: bool,
     /// Bytes that it is started in.
     start: u64,
+    /// Numbers in the linear layers of all blocks.
+    linear_numbers: usize,
     /// Numbers in the adapter.
     adapter_numbers: u64,
     /// Numbers in the embeddings, and in the head, where they are trained whole.
@@ -144,6 +146,7 @@ impl Shapes {
             dora_outputs: magnitudes(outputs.values().sum()) * if lora.dropout > 0.0 { 2 } else { 1 },
             keeps_start: lora.init_lora_weights.keeps_start(),
             start: start_bytes(model, lora.init_lora_weights, &targets) as u64,
+            linear_numbers: model.linear_modules().iter().map(|m| m.in_features * m.out_features).sum(),
             adapter_numbers: (numbers.sum::<usize>() + whole_numbers) as u64,
             embedding_numbers,
             whole_numbers: whole_numbers as u64,
@@ -226,11 +229,10 @@ impl Shapes {
     /// no gradient, and an adapter's own products are too few to count.
     pub fn operations(&self, work: Workload, kept: usize) -> f64 {
         let model = &self.model;
-        let linear: usize = model.linear_modules().iter().map(|m| m.in_features * m.out_features).sum();
         let layers = model.num_hidden_layers;
         let again = (layers - kept.min(layers)) as f64 / layers.max(1) as f64;
         let head = (2 * model.vocab_size * model.hidden_size * work.supervised) as f64;
-        2.0 * ((2.0 + again) * (linear * work.tokens) as f64 + head)
+        2.0 * ((2.0 + again) * (self.linear_numbers * work.tokens) as f64 + head)
     }
 
     /// Whether it computes in the memory of a graphics card.
