@@ -45,7 +45,10 @@ pub(super) fn each_product(
     });
     let tasks: Vec<_> = tasks.collect();
     tasks.into_par_iter().for_each(|(w, y, here)| {
-        Task { unit, pack: turned_rows, here: here.clone() }.run(&[(w, left)], to_places(y, 0..tokens, here));
+        // SAFETY: these columns of the output are this task's alone.
+        #[allow(unsafe_code)]
+        let take = unsafe { to_places(y, 0..tokens, here.clone()) };
+        Task { unit, pack: turned_rows, here }.run(&[(w, left)], take);
     });
 }
 
@@ -71,7 +74,10 @@ pub(super) fn sum_of_products(
     let terms: Vec<_> = matrices.iter().copied().zip(left).collect();
     (0..cols.div_ceil(columns)).into_par_iter().for_each(|task| {
         let here = task * columns..cols.min((task + 1) * columns);
-        Task { unit, pack: paired_rows, here: here.clone() }.run(&terms, to_places(dx, 0..tokens, here));
+        // SAFETY: these columns of the output are this task's alone.
+        #[allow(unsafe_code)]
+        let take = unsafe { to_places(dx, 0..tokens, here.clone()) };
+        Task { unit, pack: paired_rows, here }.run(&terms, take);
     });
 }
 
@@ -88,6 +94,7 @@ pub(super) struct Step<'a> {
     /// Of the passes before, unless this is the `first`.
     pub(super) sums: &'a mut [f32; BLOCK * BLOCK],
     pub(super) first: bool,
+    /// No pass comes behind.
     pub(super) last: bool,
     /// Which block of tokens, and which of the task's columns.
     pub(super) at: [usize; 2],
@@ -129,12 +136,15 @@ impl Task {
     }
 }
 
-/// Steps that write to columns `here` of an output, which are a task's alone.
-fn to_places(y: Columns<'_>, tokens: Range<usize>, here: Range<usize>) -> impl Fn(&Multiplier, Step) {
+/// Steps that write to columns `here` of an output.
+///
+/// # Safety
+/// No other task touches these columns.
+#[allow(unsafe_code)]
+unsafe fn to_places(y: Columns<'_>, tokens: Range<usize>, here: Range<usize>) -> impl Fn(&Multiplier, Step) {
     move |multiplier, step| {
         let [block, side] = step.at;
-        // SAFETY: these columns of the output are this task's alone.
-        #[allow(unsafe_code)]
+        // SAFETY: by what is asked for.
         let place = unsafe { Place::new(y, block_of(&tokens, block), block_of(&here, side)) };
         place.add(multiplier, step);
     }
@@ -183,8 +193,7 @@ impl<'a> Place<'a> {
 
 /// Fills strips of right tiles with the part of a matrix that begins at a column of the output, along a part
 /// of the summed dimension; the memory of single numbers and rows is lent.
-pub(super) type PackRight =
-    fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32], &mut [u16], &mut [u16]);
+type PackRight = fn(&FrozenMatrix, &Multiplier, usize, Range<usize>, &mut [f32], &mut [u16], &mut [u16]);
 
 /// How deep a pass along `summed` numbers is: whole blocks of every format, and passes of about one depth.
 fn depth_a_pass(about: usize, summed: usize) -> usize {
@@ -197,7 +206,7 @@ fn parts(length: usize, about: usize) -> usize {
 }
 
 /// Block `i` of some tokens or columns, or what is left of it at their end.
-pub(super) fn block_of(numbers: &Range<usize>, i: usize) -> Range<usize> {
+fn block_of(numbers: &Range<usize>, i: usize) -> Range<usize> {
     let start = numbers.start + i * BLOCK;
     start..numbers.end.min(start + BLOCK)
 }

@@ -103,7 +103,7 @@ pub fn times_transposed(a: &[f64], b: &[f64], width: usize) -> Vec<f64> {
     a.chunks_exact(width).flat_map(|a| b.chunks_exact(width).map(move |b| dot(a, b))).collect()
 }
 
-/// A frozen layer in float32, and its weight.
+/// A frozen layer whose weight is kept in float32, and that.
 pub fn frozen_layer([rows, cols]: [usize; 2], precision: Precision, seed: u64) -> (FrozenLinear, Vec<f64>) {
     let weight = numbers(rows * cols, seed);
     let bytes: Vec<u8> = weight.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
