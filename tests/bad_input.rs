@@ -135,7 +135,7 @@ fn knobs_of_the_data_that_are_none() {
 #[test]
 fn starts_that_there_are_not() {
     let shop = Workshop::new();
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 9] = [
         (
             &["lora.init_lora_weights=pizza"],
             "lora.init_lora_weights: expected \"default\", \"gaussian\", \"pissa\"",
@@ -143,7 +143,22 @@ fn starts_that_there_are_not() {
         (&["lora.init_lora_weights=pissa_niter_x"], "\"pissa_niter_16\""),
         (&["lora.init_lora_weights=loftq"], "expected base.quantize = \"nf4\" or \"int8\" beside it"),
         (&["lora.init_lora_weights=pissa", "lora.use_dora=true"], "lora.use_dora: expected false"),
-        (&["lora.loftq_config={loftq_bits=4}"], "lora.loftq_config: expected init_lora_weights = \"loftq\""),
+        (
+            &["lora.loftq_config={loftq_bits=4}"],
+            "lora.loftq_config: expected restore_rank, or init_lora_weights",
+        ),
+        (
+            &["lora.restore_rank=4"],
+            "lora.restore_rank: expected base.quantize = \"nf4\" or \"int8\" beside it",
+        ),
+        (
+            &["base.quantize=nf4", "lora.restore_rank=4", "lora.init_lora_weights=qera"],
+            "lora.init_lora_weights: expected \"default\" or \"gaussian\" beside restore_rank",
+        ),
+        (
+            &["base.quantize=nf4", "lora.restore_rank=4", "lora.use_dora=true"],
+            "lora.restore_rank: expected 0 beside use_dora",
+        ),
         (
             &[
                 "base.quantize=nf4",

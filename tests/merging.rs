@@ -35,13 +35,15 @@ fn a_merged_model_answers_as_base_and_adapter_do() {
     }
 }
 
-/// It started from what its base had lost: it answers over the quantized base, and is merged into that.
+/// It brings back what its base has lost: it answers over the quantized base, and is merged into that.
 #[test]
 fn an_adapter_of_a_quantized_base_is_merged_into_that() {
-    for device in devices() {
+    let cases = devices().into_iter().flat_map(|device| {
+        ["lora.init_lora_weights=loftq", "lora.restore_rank=4"].map(|restores| (device, restores))
+    });
+    for (device, restores) in cases {
         let shop = Workshop::new();
-        let set = ["base.quantize=nf4", "lora.init_lora_weights=loftq", "base.compute=f32"];
-        shop.train("run", device, &set).succeeds();
+        shop.train("run", device, &["base.quantize=nf4", restores, "base.compute=f32"]).succeeds();
         let (base, adapter) = (golden("tiny-gqa"), "run/adapter");
         let said = shop.pronk(["adapter", "info", adapter]).succeeds();
         assert!(said.out.contains("tiny-gqa quantized to 4 bits"), "{}", said.out);

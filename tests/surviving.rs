@@ -96,12 +96,13 @@ fn every_start_goes_on_to_the_bit() {
     for device in devices() {
         let shop = Workshop::new();
         let nf4 = "base.quantize=nf4";
-        let starts: [(&str, &[&str]); 5] = [
+        let starts: [(&str, &[&str]); 6] = [
             ("gaussian", &[]),
             ("pissa", &["lora.rslora=true", "lora.rank=3"]),
             ("pissa_niter_2", &[nf4, "base.weights=streamed", "lora.target_modules=all-linear"]),
             ("loftq", &[nf4, "lora.target_modules=all-linear"]),
             ("loftq", &["base.quantize=int8", "lora.use_dora=true"]),
+            ("default", &[nf4, "lora.restore_rank=24", "lora.target_modules=all-linear"]),
         ];
         for (number, (init, more)) in starts.into_iter().enumerate() {
             let init = format!("lora.init_lora_weights={init}");

@@ -1,4 +1,4 @@
-"""PiSSA's and LoftQ's starts are PEFT's, and what is trained from them loads in PEFT."""
+"""PiSSA's and LoftQ's starts are PEFT's, and what is trained from them, or beside what is restored, loads in PEFT."""
 import json
 
 import pytest
@@ -57,13 +57,45 @@ def test_loftq_starts_as_well_as_pefts_and_loads_over_the_quantized_base(smollm2
             # alpha is the rank: PEFT's LoftQ leaves the scale out. Its directions are exact, ours are random at first.
             assert ours < 1.001 * pefts < 0.999 * lost.norm(), f"{name}: {ours} {pefts} {lost.norm()}"
 
-    # In a model of plain linear layers: those of bitsandbytes round what they multiply with as well.
-    plain = load(smollm2_hf)
+    found = pronk_logits(tmp_path / "logits.safetensors", smollm2_hf, run / "adapter")
+    peft = PeftModel.from_pretrained(spelled_out(model, smollm2_hf), run / "adapter")
+    assert_same(found.logits, logits_of(peft, found.token_ids))
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["loftq_config"]["loftq_bits"] == 4
+
+
+def test_what_is_fixed_beside_an_adapter_stays_and_loads_with_it(smollm2_hf, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("PRONK_CACHE", str(tmp_path / "cache"))
+    run = train(tmp_path, smollm2_hf, "base.quantize=nf4", "lora.restore_rank=200", "lora.target_modules=['v_proj', 'up_proj']",
+                "train.max_steps=2", "train.batch_size=1", "train.micro_batch_size=1", "train.save_steps=2",
+                "train.keep_last=9", "base.compute=f32", "run.samples=0")  # fmt: skip
+    (quantized,) = (tmp_path / "cache").iterdir()
+    start = load_file(run / "checkpoints" / "step-000000" / "adapter_model.safetensors")
+    end = load_file(run / "adapter" / "adapter_model.safetensors")
+    for module, fixed in (("self_attn.v_proj", 192), ("mlp.up_proj", 200)):
+        name = f"{PREFIX}model.layers.3.{module}"
+        (a, b), (first, nothing) = ([them[f"{name}.lora_{factor}.weight"] for factor in "AB"] for them in (end, start))
+        assert (a.shape[0], b.shape[1]) == (4 + fixed, 4 + fixed)
+        assert torch.equal(a[4:], first[4:]) and torch.equal(b[:, 4:], nothing[:, 4:])
+        assert not nothing[:, :4].any() and b[:, :4].any() and not torch.equal(a[:4], first[:4])
+
+    model = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32, attn_implementation="eager").eval()
+    plain, original = spelled_out(model, smollm2_hf), load(smollm2_hf)
+    found = pronk_logits(tmp_path / "logits.safetensors", smollm2_hf, run / "adapter")
+    of_base, of_original = (logits_of(model, found.token_ids) for model in (plain, original))
+    peft = PeftModel.from_pretrained(plain, run / "adapter")
+    assert_same(found.logits, logits_of(peft, found.token_ids))
+    assert (found.logits - of_original).norm() < 0.9 * (of_base - of_original).norm()
+
+
+def spelled_out(model, base):
+    """In a model of plain linear layers what `model`'s are: those of bitsandbytes round what they multiply with as well."""
+    import bitsandbytes
+
+    plain = load(base)
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             plain.get_submodule(name).weight.data = weight.float()
     plain.get_input_embeddings().weight.data = model.get_input_embeddings().weight.data.float()
-    found = pronk_logits(tmp_path / "logits.safetensors", smollm2_hf, run / "adapter")
-    assert_same(found.logits, logits_of(PeftModel.from_pretrained(plain, run / "adapter"), found.token_ids))
-    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["loftq_config"]["loftq_bits"] == 4
+    return plain

@@ -161,8 +161,8 @@ impl<'a> Making<'a> {
         let quantized = self.quantized().map_or(String::new(), |(how, _)| {
             let base = &self.base;
             format!(
-                " It belongs to `{base}` **quantized to {how}**, not to `{base}` itself: it started from what the \
-                 quantized base has lost (LoftQ, QERA)."
+                " It belongs to `{base}` **quantized to {how}**, not to `{base}` itself: it brings back what \
+                 that has lost (LoftQ, QERA)."
             )
         });
         kinds + &quantized

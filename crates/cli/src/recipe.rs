@@ -283,25 +283,27 @@ impl Recipe {
         Some(recipe)
     }
 
-    /// `lora.init_lora_weights` against the base and the other start that there may be.
+    /// What an adapter starts from, and what is restored beside it, against the base and the other start that there
+    /// may be.
     fn start_problem(&self) -> Option<String> {
         let LoraTable { config, init_adapter } = &self.lora;
-        let init = config.init_lora_weights;
-        let refuse =
-            |expected: &str| Some(format!("lora.init_lora_weights: expected {expected}, found \"{init}\""));
-        match init {
-            InitLoraWeights::Default => None,
-            _ if init_adapter.is_some() => refuse("\"default\" beside lora.init_adapter, which is the start"),
-            _ if init.restores() && self.base.quantize == Quantize::None => {
-                refuse("base.quantize = \"nf4\" or \"int8\" beside it: it starts from what that loses")
-            }
-            _ => None,
+        let (init, rank) = (config.init_lora_weights, config.restore_rank);
+        let (knob, default, found) = match rank {
+            0 => ("init_lora_weights", "\"default\"", format!("\"{init}\"")),
+            rank => ("restore_rank", "0", rank.to_string()),
+        };
+        let refuse = |expected: &str| Some(format!("lora.{knob}: expected {expected}, found {found}"));
+        let asked = rank > 0 || init != InitLoraWeights::Default;
+        if asked && init_adapter.is_some() {
+            return refuse(&format!("{default} beside lora.init_adapter, which is the start"));
         }
-        .or_else(|| {
-            let surplus = config.loftq_config.is_some() && !init.restores();
-            surplus.then(|| {
-                "lora.loftq_config: expected init_lora_weights = \"loftq\" or \"qera\" beside it".to_owned()
-            })
+        if config.restores() && self.base.quantize == Quantize::None {
+            return refuse("base.quantize = \"nf4\" or \"int8\" beside it: it gives back what that loses");
+        }
+        let surplus = config.loftq_config.is_some() && !config.restores();
+        surplus.then(|| {
+            "lora.loftq_config: expected restore_rank, or init_lora_weights = \"loftq\" or \"qera\", beside it"
+                .to_owned()
         })
     }
 

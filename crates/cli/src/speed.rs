@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use bytes::Bytes;
-use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision, computes_on_host};
+use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision};
 
 /// Features of the layer that is measured: those of a 7B.
 const SIDE: usize = 4096;
@@ -24,8 +24,7 @@ pub fn operations_per_second(
     let weights = (0..SIDE * SIDE).flat_map(|i| ((small(i).to_bits() >> 16) as u16).to_le_bytes());
     let weights = Bytes::from(weights.collect::<Vec<u8>>());
     let matrix = FrozenMatrix::dense(Format::Bf16, [SIDE, SIDE], weights).ok()?;
-    let linear = FrozenLinear::on_host(Arc::new(matrix), precision, None);
-    let linear = if computes_on_host(device) { linear } else { linear.on_device(device) };
+    let linear = FrozenLinear::on_host(Arc::new(matrix), precision, None).on_device(device);
     let x: Vec<f32> = (0..tokens * SIDE).map(small).collect();
     let x = Tensor::<2>::from_data(TensorData::new(x, [tokens, SIDE]), device);
     let once = || {

@@ -166,7 +166,7 @@ fn adapter_of(pairs: Vec<HostPair>, device: &Device) -> Adapter {
                 b: tensor(b, [rows, rank]),
                 scale,
                 magnitude,
-                start: None,
+                fixed: None,
             },
         )
     };

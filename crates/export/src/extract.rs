@@ -71,7 +71,7 @@ pub fn extract(
         let kept = values(&factors.energy.unsqueeze_dim(0))?.first().copied().map_or(0.0, f64::from);
         let share = 1.0 / scale.sqrt();
         let pair =
-            LoraPair { a: factors.a * share, b: factors.b * share, scale, magnitude: None, start: None };
+            LoraPair { a: factors.a * share, b: factors.b * share, scale, magnitude: None, fixed: None };
         pairs.insert(module.name.clone(), pair);
         layers.push(ExtractedLayer { name: module.name.clone(), energy, kept: kept.min(energy) });
     }

@@ -1,7 +1,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use pronk_lora::{Adapter, LoraPair, TensorKind};
+use pronk_lora::{Adapter, TensorKind};
 use pronk_model::{Base, Family, GgufAdapter};
 
 use crate::ExportError;
@@ -102,9 +102,9 @@ impl Runtime {
     }
 }
 
-/// The largest rank of its pairs.
+/// The largest rank of its pairs in a file.
 fn widest(adapter: &Adapter) -> usize {
-    adapter.pairs.values().map(LoraPair::rank).max().unwrap_or(0)
+    adapter.pairs.values().map(|pair| pair.rank() + pair.fixed_rank()).max().unwrap_or(0)
 }
 
 /// The name that `--to` takes.

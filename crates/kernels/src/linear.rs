@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use crate::computes_on_host;
 use crate::direction::Direction;
 use crate::frozen::{
     FrozenMatrix, FrozenWeight, Layer, Precision, Update, feed_forward, frozen_layers, frozen_product,
@@ -64,11 +65,14 @@ impl FrozenLinear {
         }
     }
 
-    /// The same layer with its weight on `device`: as it is kept, where one of CubeCL's cards
-    /// multiplies it by itself, otherwise in float32.
+    /// The same layer with its weight on `device`: where it lies, if that is the host's processor; as it is kept, where one
+    /// of CubeCL's cards multiplies it by itself; otherwise in float32.
     #[must_use]
     pub fn on_device(&self, device: &Device) -> Self {
         let Weight::Frozen(FrozenWeight::Host(weight), precision) = &self.weight else { return self.clone() };
+        if computes_on_host(device) {
+            return self.clone();
+        }
         let bias = self.bias.clone().map(|bias| bias.to_device(device));
         if let Some(weight) = FrozenWeight::on_card(weight, device) {
             return Self { weight: Weight::Frozen(weight, *precision), bias };

@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
-use crate::{InitLoraWeights, LoraConfig, LoraError, StartFactors, TensorName};
+use crate::{FixedFactors, InitLoraWeights, LoraConfig, LoraError, TensorName};
 
 /// A module that could be adapted: a linear layer of the blocks, or one whose rows are the vocabulary's,
 /// [`EMBED_TOKENS`](crate::EMBED_TOKENS) and [`LM_HEAD`](crate::LM_HEAD).
@@ -71,8 +71,8 @@ pub struct LoraPair {
     pub scale: f64,
     /// `DoRA`'s norms of the rows of the updated weight, `[1, out]`.
     pub magnitude: Option<Tensor<2>>,
-    /// What it started with, where that was taken from the base.
-    pub start: Option<StartFactors>,
+    /// What is added beside it and stays as it is.
+    pub fixed: Option<FixedFactors>,
 }
 
 impl LoraPair {
@@ -132,7 +132,7 @@ impl Adapter {
                 b: Tensor::zeros([module.out_features, rank], device),
                 scale: config.scale_of(&module.name),
                 magnitude: None,
-                start: None,
+                fixed: None,
             }
         };
         let targets = config.select(modules)?;

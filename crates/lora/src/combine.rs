@@ -60,7 +60,7 @@ impl Adapter {
     }
 }
 
-/// Adapters that started from what the base lost when it was quantized (`LoftQ`) make up for that loss, each of them: they
+/// Adapters that bring back what the base lost when it was quantized (`LoftQ`, `QERA`) make up for it, each of them: they
 /// add up with their like alone, and where it is made up for once.
 fn check_starts(adapters: &[(&Adapter, f64)]) -> Result<(), LoraError> {
     let mut started = adapters.iter().map(|(adapter, _)| &adapter.config.loftq_config);
@@ -71,14 +71,14 @@ fn check_starts(adapters: &[(&Adapter, f64)]) -> Result<(), LoraError> {
     };
     let refuse = |problem: String| Err(LoraError::Combine { problem });
     if started.any(|other| other != first) {
-        let problem = "some started from what the quantized base has lost (LoftQ), others did not, or from another loss; \
+        let problem = "some bring back what the quantized base has lost (LoftQ, QERA), others do not, or another loss; \
                        merge them one by one (pronk merge)";
         return refuse(problem.into());
     }
     let total: f64 = adapters.iter().map(|(_, weight)| weight).sum();
     if (total - 1.0).abs() > 1e-6 {
         return refuse(format!(
-            "all of them make up for what the quantized base has lost (LoftQ): expected weights that add up to 1, found \
+            "all of them make up for what the quantized base has lost (LoftQ, QERA): expected weights that add up to 1, found \
              {total}"
         ));
     }
@@ -89,7 +89,7 @@ fn check_starts(adapters: &[(&Adapter, f64)]) -> Result<(), LoraError> {
 fn stacked(parts: &[(&LoraPair, f64)]) -> LoraPair {
     let a = parts.iter().map(|(pair, factor)| pair.a.clone() * *factor).collect();
     let b = parts.iter().map(|(pair, _)| pair.b.clone()).collect();
-    LoraPair { a: Tensor::cat(a, 0), b: Tensor::cat(b, 1), scale: 1.0, magnitude: None, start: None }
+    LoraPair { a: Tensor::cat(a, 0), b: Tensor::cat(b, 1), scale: 1.0, magnitude: None, fixed: None }
 }
 
 /// Weight and scale are shared out between A and B, the sign on A.
@@ -99,7 +99,7 @@ fn summed(parts: &[(&LoraPair, f64)]) -> Option<LoraPair> {
         (pair.a.clone() * (root(*factor) * factor.signum()), pair.b.clone() * root(*factor))
     });
     let (a, b) = weighted.reduce(|(a, b), (more_a, more_b)| (a + more_a, b + more_b))?;
-    Some(LoraPair { a, b, scale: 1.0, magnitude: None, start: None })
+    Some(LoraPair { a, b, scale: 1.0, magnitude: None, fixed: None })
 }
 
 /// The first one's configuration; where the adapters choose among layers in their own ways, with the

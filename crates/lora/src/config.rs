@@ -26,6 +26,8 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// What A and B hold before the first step.
     pub init_lora_weights: InitLoraWeights,
+    /// Rank of what is fixed beside the adapter and gives a quantized base back what it has lost, as `QERA` finds it.
+    pub restore_rank: usize,
     /// Set where the adapter belongs to a quantized base.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loftq_config: Option<LoftQConfig>,
@@ -56,6 +58,7 @@ impl Default for LoraConfig {
             rslora: false,
             use_dora: false,
             init_lora_weights: InitLoraWeights::Default,
+            restore_rank: 0,
             loftq_config: None,
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
@@ -84,6 +87,25 @@ impl LoraConfig {
     pub(crate) fn divisor(&self, rank: usize) -> f64 {
         let rank = rank as f64;
         if self.rslora { rank.sqrt() } else { rank }
+    }
+
+    /// Whether something of the adapter brings back what quantizing the base has taken away.
+    pub fn restores(&self) -> bool {
+        self.restore_rank > 0
+            || matches!(self.init_lora_weights, InitLoraWeights::LoftQ | InitLoraWeights::Qera)
+    }
+
+    /// Whether that is found over inputs that the base's layers have.
+    pub fn looks_at_inputs(&self) -> bool {
+        self.restore_rank > 0 || self.init_lora_weights == InitLoraWeights::Qera
+    }
+
+    /// Rank of what is fixed beside the adapter's pair on the module.
+    pub fn fixed_rank_of(&self, module: &ModuleShape) -> usize {
+        if self.init_lora_weights.keeps_start() {
+            return self.rank_of(&module.name);
+        }
+        self.restore_rank.min(module.in_features).min(module.out_features)
     }
 
     /// The modules that get an adapter. Whatever matches nothing is an error that lists what there is.
@@ -157,6 +179,18 @@ impl LoraConfig {
         if self.use_dora && self.init_lora_weights.keeps_start() {
             let found = format!("true with init_lora_weights = \"{}\"", self.init_lora_weights);
             return refuse("use_dora", "false where the factors start from the base's own weight", found);
+        }
+        if self.restore_rank > 0 && self.use_dora {
+            let found = format!("{} with use_dora", self.restore_rank);
+            return refuse(
+                "restore_rank",
+                "0 beside use_dora, whose norms are those of the whole update",
+                found,
+            );
+        }
+        if self.restore_rank > 0 && !self.init_lora_weights.starts_from_zero() {
+            let found = format!("\"{}\" with restore_rank = {}", self.init_lora_weights, self.restore_rank);
+            return refuse("init_lora_weights", "\"default\" or \"gaussian\" beside restore_rank", found);
         }
         match &self.loftq_config {
             Some(LoftQConfig { loftq_bits, .. }) if ![4, 8].contains(loftq_bits) => {

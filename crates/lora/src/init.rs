@@ -36,9 +36,9 @@ impl InitLoraWeights {
         }
     }
 
-    /// Whether the factors bring back what quantizing the base has taken away.
-    pub fn restores(self) -> bool {
-        matches!(self, Self::LoftQ | Self::Qera)
+    /// Whether the update is zero before the first step, whatever the base's weights are.
+    pub fn starts_from_zero(self) -> bool {
+        matches!(self, Self::Default | Self::Gaussian)
     }
 
     /// Whether the factors that training starts from are taken away from the base again.

@@ -158,13 +158,13 @@ impl LoraLinear {
         self.keep_input(x, mode);
         let Some(pair) = self.pair(mode) else { return self.add_bias(y, mode) };
         let Some(magnitude) = &pair.magnitude else {
-            return self.add_bias(without_start(y, x.clone(), pair), mode);
+            return self.add_bias(with_fixed(y, x.clone(), pair), mode);
         };
         let norms = || weight_norms(&self.base, self.squares(&x.device()), pair);
         let norms = mode.norms.map_or_else(norms, |known| known.of(&self.name, norms));
         let stretch = magnitude.clone() / norms;
         let Some(mask) = scaling(pair, &self.name, mode).mask else {
-            return self.add_bias(without_start(y, x.clone(), pair) * stretch, mode);
+            return self.add_bias(with_fixed(y, x.clone(), pair) * stretch, mode);
         };
         let kept = mask.hide(x.clone());
         let of_kept = self.base.product(kept.clone());
@@ -220,8 +220,8 @@ impl LoraLinear {
     }
 }
 
-/// `y + scale * (dropout(x) A^T) B^T` of the module called `name`, or `y` where no adapter sits on it. What the
-/// pair started with is taken away without dropout: it is a part of the base.
+/// `y + scale * (dropout(x) A^T) B^T` of the module called `name`, or `y` where no adapter sits on it. Dropout leaves
+/// alone what is fixed beside the pair: it is a part of the base.
 ///
 /// # Shapes
 /// - x: `[tokens, in]`
@@ -229,17 +229,17 @@ impl LoraLinear {
 pub fn low_rank_update(y: Tensor<2>, x: Tensor<2>, name: &str, mode: ForwardMode) -> Tensor<2> {
     let Some(pair) = mode.adapter.and_then(|adapter| adapter.pairs.get(name)) else { return y };
     let y = add_low_rank(y, x.clone(), &pair.a, &pair.b, scaling(pair, name, mode));
-    without_start(y, x, pair)
+    with_fixed(y, x, pair)
 }
 
 fn scaling(pair: &LoraPair, name: &str, mode: ForwardMode) -> Scaling {
     Scaling { scale: pair.scale, mask: mode.dropout.and_then(|dropout| dropout.mask(name)) }
 }
 
-/// `y` without what the pair started with, where that was taken from the base.
-fn without_start(y: Tensor<2>, x: Tensor<2>, pair: &LoraPair) -> Tensor<2> {
-    match &pair.start {
-        Some(start) => add_low_rank(y, x, &start.a, &start.b, -pair.scale),
+/// `y` with what is fixed beside the pair.
+fn with_fixed(y: Tensor<2>, x: Tensor<2>, pair: &LoraPair) -> Tensor<2> {
+    match &pair.fixed {
+        Some(fixed) => fixed.add(&y, x, pair.scale),
         None => y,
     }
 }

@@ -17,7 +17,7 @@ impl Adapter {
         if !self.pairs.keys().any(|name| parts.contains_key(name.as_str())) {
             return self.clone();
         }
-        if self.pairs.values().any(|pair| pair.start.is_some()) {
+        if self.pairs.values().any(|pair| pair.fixed.is_some()) {
             return self.standalone().onto_packed(modules);
         }
         let rows_of: BTreeMap<&str, usize> = modules
@@ -65,5 +65,5 @@ fn block_pair(pairs: &[(usize, &LoraPair)], rows: usize) -> LoraPair {
         b = b.slice_assign([*first..first + out, used..used + own], block);
         used += own;
     }
-    LoraPair { a, b, scale, magnitude: None, start: None }
+    LoraPair { a, b, scale, magnitude: None, fixed: None }
 }

@@ -90,7 +90,7 @@ impl Adapter {
     /// Where embeddings and head are trained as one, both are written, as PEFT does: readers that know nothing of
     /// `ensure_weight_tying` find all they need.
     ///
-    /// Where pairs have a start beside them, what is written is the [standalone](Self::standalone) adapter.
+    /// Where something is fixed beside pairs, what is written is the [standalone](Self::standalone) adapter.
     ///
     /// A directory that was not there before is there afterwards with both files, or not at all.
     pub fn save(&self, dir: &Path, base: &str, fresh: bool) -> Result<(), LoraError> {
@@ -105,8 +105,12 @@ impl Adapter {
         if tensors.iter().any(|(_, _, values)| values.iter().any(|x| !x.is_finite())) {
             return Err(not_saved("it holds numbers that are not finite".into()));
         }
-        let zero =
-            |(name, _, values): &HostTensor| name.kind != TensorKind::B || values.iter().all(|&x| x == 0.0);
+        // What is fixed comes behind what is trained, in every row.
+        let trained = |name: &TensorName| self.pairs.get(&name.module).map_or(0, LoraPair::rank);
+        let zero = |(name, shape, values): &HostTensor| {
+            let mut rows = values.chunks(shape.last().copied().unwrap_or(1).max(1));
+            name.kind != TensorKind::B || rows.all(|row| row.iter().take(trained(name)).all(|&x| x == 0.0))
+        };
         if !fresh && tensors.iter().all(zero) {
             return Err(not_saved("every B is zero after training, so nothing was learned".into()));
         }
@@ -149,7 +153,7 @@ impl Adapter {
                 config.use_dora.then(|| tensor(TensorKind::Magnitude, [1, module.out_features])).flatten();
             if let (Some(a), Some(b)) = (a, b) {
                 let scale = config.scale_of(&module.name);
-                pairs.insert(module.name.clone(), LoraPair { a, b, scale, magnitude, start: None });
+                pairs.insert(module.name.clone(), LoraPair { a, b, scale, magnitude, fixed: None });
             }
         }
         if ties {

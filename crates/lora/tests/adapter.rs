@@ -601,7 +601,7 @@ fn dora_drops_what_the_adapter_changes_as_peft_does() {
     let (a, b, magnitude, scale) =
         (numbers([2, 4], 0.3), numbers([3, 2], 1.9), numbers([1, 3], 0.4) + 2.0, 1.5);
     let pair =
-        LoraPair { a: a.clone(), b: b.clone(), scale, magnitude: Some(magnitude.clone()), start: None };
+        LoraPair { a: a.clone(), b: b.clone(), scale, magnitude: Some(magnitude.clone()), fixed: None };
     let adapter = Adapter {
         config: LoraConfig::default(),
         pairs: [("l".to_owned(), pair)].into(),

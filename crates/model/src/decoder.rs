@@ -3,7 +3,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
-use pronk_kernels::{FrozenLinear, FrozenMatrix, computes_on_host, rms_norm, soft_cap};
+use pronk_kernels::{FrozenLinear, FrozenMatrix, Precision, computes_on_host, rms_norm, soft_cap};
 use pronk_lora::{Adapter, ForwardMode, LoraConfig, LoraError};
 
 use crate::config::{EMBEDDINGS, block_prefix};
@@ -31,6 +31,8 @@ pub struct Decoder {
     embed_tokens: Arc<FrozenMatrix>,
     norm: Tensor<1>,
     lm_head: FrozenLinear,
+    /// What factors of its products are rounded to.
+    pub(crate) precision: Precision,
     rotaries: Rotaries,
     device: Device,
 }
@@ -66,6 +68,7 @@ impl Decoder {
             embed_tokens,
             norm,
             lm_head: loader.head(head_name, head),
+            precision: config.precision,
             rotaries: Rotaries::new(&base.config),
             device: device.clone(),
         })

@@ -1,7 +1,7 @@
 //! Adapters that start from singular values of the base's weights.
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pronk_lora::{Adapter, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, ModuleShape};
+use pronk_lora::{Adapter, LoftQConfig, LoraConfig, LoraError, ModuleShape, Sought};
 
 use crate::calibration::{BATCH_TOKENS, Calibration};
 use crate::mapped::Pages;
@@ -22,8 +22,8 @@ pub struct StartWeights<'a> {
 }
 
 impl Decoder {
-    /// A fresh adapter as `init_lora_weights` asks for it. It changes nothing yet, but for `LoftQ`'s and `QERA`'s, which
-    /// bring the quantized base nearer to what it was. `progress` hears how many modules' weights are decomposed, and how
+    /// A fresh adapter as `init_lora_weights` and `restore_rank` ask for it. It changes nothing yet, but for what brings a
+    /// quantized base nearer to what it was. `progress` hears how many modules' weights are decomposed, and how
     /// many will be; one at a time is in memory.
     pub fn started_adapter(
         &self,
@@ -33,21 +33,25 @@ impl Decoder {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Adapter, ModelError> {
         let init = config.init_lora_weights;
-        if matches!(init, InitLoraWeights::Default | InitLoraWeights::Gaussian) {
+        if init.starts_from_zero() && !config.restores() {
             return Ok(self.new_adapter(config, seed)?);
         }
         let lost = |original| Lost { original, base: weights.base };
         let lost = match weights.original {
-            _ if !init.restores() => None,
+            _ if !config.restores() => None,
             Some(original) => Some(lost(original)),
             None => {
                 let expected = "a base that is quantized when the run starts, for what it loses by it".into();
-                let found = format!("{init} over a base as it is");
-                return Err(LoraError::Config { knob: "init_lora_weights", expected, found }.into());
+                let (knob, asked) = match config.restore_rank {
+                    0 => ("init_lora_weights", init.to_string()),
+                    rank => ("restore_rank", rank.to_string()),
+                };
+                let found = format!("{asked} over a base as it is");
+                return Err(LoraError::Config { knob, expected, found }.into());
             }
         };
         let mut calibration = match &lost {
-            Some(lost) if init == InitLoraWeights::Qera => {
+            Some(lost) if config.looks_at_inputs() => {
                 Some(Calibration::of(lost.original, weights.records, self.device())?)
             }
             _ => None,
@@ -72,9 +76,15 @@ impl Decoder {
                 None => weight(weights.base, module, self.device())?,
             };
             let inputs = calibration.as_mut().and_then(|them| them.inputs_of(module.layer()));
-            pair.approximate(&matrix, inputs, init, seed, &module.name);
+            let sought = Sought { matrix: &matrix, inputs, turns: init.turns(), seed, name: &module.name };
+            if init.starts_from_zero() {
+                let rank = config.fixed_rank_of(module);
+                pair.fix_beside(sought, rank, self.precision)?;
+                continue;
+            }
+            pair.approximate(sought);
             if init.keeps_start() {
-                pair.keep_start();
+                pair.keep_start(&module.name)?;
             }
         }
         progress(total, total);
@@ -85,27 +95,25 @@ impl Decoder {
     }
 }
 
-/// Bytes that are there while `targets` are started on a base that looks like `config`, beside its weights: in float32
-/// the matrix at hand, what it was and what it has lost; and for QERA the hidden states of its records, what a block's
-/// layers read of some of them, and that times itself, for those and for all. In 16 bits the original's block.
-pub fn start_bytes(config: &DecoderConfig, init: InitLoraWeights, targets: &[&ModuleShape]) -> usize {
+/// Bytes that are there while `targets` are started as `lora` asks on a base that looks like `config`, beside its weights:
+/// in float32 the matrix at hand, what it was and what it has lost; and for QERA the hidden states of its records, what a
+/// block's layers read of some of them, and that times itself, for those and for all. In 16 bits the original's block.
+pub fn start_bytes(config: &DecoderConfig, lora: &LoraConfig, targets: &[&ModuleShape]) -> usize {
     const FLOAT: usize = size_of::<f32>();
     let matrix = targets.iter().map(|m| m.in_features * m.out_features).max().unwrap_or(0);
-    match init {
-        InitLoraWeights::Default | InitLoraWeights::Gaussian => 0,
-        InitLoraWeights::Pissa(_) => 2 * FLOAT * matrix,
-        InitLoraWeights::LoftQ => 3 * FLOAT * matrix,
-        InitLoraWeights::Qera => {
-            let [q, _] = config.attention_widths();
-            let (hidden, inner, [records, tokens]) =
-                (config.hidden_size, config.intermediate_size, CALIBRATION);
-            let squares: usize = [hidden, q, hidden, inner].map(|width| width * width).iter().sum();
-            let read = BATCH_TOKENS * (4 * hidden + 2 * q + 3 * inner);
-            let linear: usize = config.linear_modules().iter().map(|m| m.in_features * m.out_features).sum();
-            let block = linear / config.num_hidden_layers.max(1);
-            FLOAT * (3 * matrix + records * tokens * hidden + read + 2 * squares) + size_of::<u16>() * block
-        }
+    if !lora.restores() {
+        return if lora.init_lora_weights.starts_from_zero() { 0 } else { 2 * FLOAT * matrix };
     }
+    if !lora.looks_at_inputs() {
+        return 3 * FLOAT * matrix;
+    }
+    let [q, _] = config.attention_widths();
+    let (hidden, inner, [records, tokens]) = (config.hidden_size, config.intermediate_size, CALIBRATION);
+    let squares: usize = [hidden, q, hidden, inner].map(|width| width * width).iter().sum();
+    let read = BATCH_TOKENS * (4 * hidden + 2 * q + 3 * inner);
+    let linear: usize = config.linear_modules().iter().map(|m| m.in_features * m.out_features).sum();
+    let block = linear / config.num_hidden_layers.max(1);
+    FLOAT * (3 * matrix + records * tokens * hidden + read + 2 * squares) + size_of::<u16>() * block
 }
 
 /// What quantizing a base has taken away.

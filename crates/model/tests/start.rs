@@ -81,7 +81,7 @@ fn a_principal_start_is_the_base_and_its_standalone_form_is_the_update() {
                 let moved = trained.iter().zip(&alone).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
                 assert!(moved > 1e-2, "{name}: {moved}");
                 let standalone = adapter.standalone();
-                assert!(standalone.pairs.values().all(|pair| pair.rank() == 6 && pair.start.is_none()));
+                assert!(standalone.pairs.values().all(|pair| pair.rank() == 6 && pair.fixed.is_none()));
                 assert_close("standalone", &logits(&decoder, Some(&standalone)), &trained, 1e-5);
                 let packed = adapter.onto_packed(&base.config.adapter_modules());
                 assert_close("packed", &logits(&decoder, Some(&packed)), &trained, 1e-5);
@@ -89,7 +89,8 @@ fn a_principal_start_is_the_base_and_its_standalone_form_is_the_update() {
                 let dir = TempDir::new().unwrap();
                 adapter.save(dir.path(), "base", false).unwrap();
                 let modules = base.config.adapter_modules();
-                let mut again = Adapter::load(dir.path(), &modules, &device).unwrap().with_start().unwrap();
+                let again = Adapter::load(dir.path(), &modules, &device).unwrap();
+                let mut again = again.with_fixed(&adapter.fixed_ranks()).unwrap();
                 assert!(again.take_config_of(&adapter));
                 assert_eq!(again.config, adapter.config);
                 assert_eq!(logits(&decoder, Some(&again)), trained, "to the bit");
@@ -183,6 +184,55 @@ fn qera_starts_from_what_the_outputs_of_quantized_layers_miss_most() {
             assert!(off < 1e-2 * whole, "{}: {left}, {whole} - {best}", module.name);
             assert!(best > 0.1 * whole);
         }
+    }
+}
+
+/// What is fixed is what QERA would start from, behind dropout or not; the adapter beside it is as fresh as over any base.
+#[test]
+fn what_a_base_has_lost_is_fixed_beside_a_fresh_adapter() {
+    let cache = TempDir::new().unwrap();
+    let original = open("tiny-phi3");
+    let base = small("tiny-phi3", Scheme::Nf4, &cache);
+    let modules = base.config.adapter_modules();
+    let records = [IDS.to_vec(), (1..60).collect()];
+    for (_, device) in devices() {
+        let decoder = decoder(&base, &device, Residency::Resident);
+        let weights = StartWeights { base: &base, original: Some(&original), records: &records };
+        let targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
+        let started = |init, rank, restore_rank| {
+            let config = LoraConfig { rank, restore_rank, ..config(init, &targets) };
+            decoder.started_adapter(&config, weights, 5, |_, _| ()).unwrap()
+        };
+        let of_product = |a: &Tensor<2>, b: &Tensor<2>, scale| b.clone().matmul(a.clone()) * scale;
+        let restored = started(InitLoraWeights::Default, 2, 3);
+        assert_eq!(restored.config.loftq_config.as_ref().unwrap().loftq_bits, 4);
+        assert_eq!(restored.parameters(), decoder.new_adapter(&restored.config, 5).unwrap().parameters());
+        let qera = started(InitLoraWeights::Qera, 3, 0);
+        let fresh = Adapter::init(&restored.config, &modules, 5, &device).unwrap();
+        for (name, pair) in &restored.pairs {
+            let moved = pair.a.clone() - fresh.pairs[name].a.clone();
+            assert!(square(pair.b.clone()) + square(moved) == 0.0, "{name}");
+            let ([a, b], sought) = (pair.fixed.as_ref().unwrap().factors(), &qera.pairs[name]);
+            let sought = of_product(&sought.a, &sought.b, sought.scale);
+            let off = square(of_product(&a, &b, pair.scale) - sought.clone());
+            assert!(off < 1e-8 * square(sought), "{name}: {off}");
+        }
+        let dir = TempDir::new().unwrap();
+        let error = restored.save(dir.path(), "base", false).unwrap_err().to_string();
+        assert!(error.contains("every B is zero"), "{error}");
+
+        let mut all = started(InitLoraWeights::Gaussian, 2, 1000);
+        let before = logits(&self::decoder(&original, &device, Residency::Resident), None);
+        assert_close("all that was lost", &logits(&decoder, Some(&all)), &before, 2e-3);
+        all.pairs.values_mut().for_each(|pair| pair.b = pair.b.clone() + 0.01);
+        all.save(dir.path(), "base", false).unwrap();
+        let loaded = Adapter::load(dir.path(), &modules, &device).unwrap();
+        let trained = logits(&decoder, Some(&all));
+        assert_close("in one", &logits(&decoder, Some(&loaded)), &trained, 1e-4);
+        let mut again = loaded.with_fixed(&all.fixed_ranks()).unwrap();
+        assert!(again.take_config_of(&all));
+        assert_eq!(again.config, all.config);
+        assert_eq!(logits(&decoder, Some(&again)), trained, "to the bit");
     }
 }
 

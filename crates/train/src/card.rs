@@ -44,9 +44,10 @@ impl ModelCard<'_> {
             whole += &format!("{}biases: {biases}", if whole.is_empty() { "" } else { ", " });
         }
         let whole = if whole.is_empty() { String::new() } else { format!("| trained whole | {whole} |\n") };
-        let start = match lora.init_lora_weights {
-            InitLoraWeights::Default => String::new(),
-            init => format!("| init_lora_weights | {init} |\n"),
+        let start = match (lora.init_lora_weights, lora.restore_rank) {
+            (InitLoraWeights::Default, 0) => String::new(),
+            (init, 0) => format!("| init_lora_weights | {init} |\n"),
+            (init, rank) => format!("| init_lora_weights, restore_rank | {init}, {rank} |\n"),
         };
         format!(
             "{opening}{heading}\n\

@@ -37,9 +37,9 @@ pub struct TrainerState {
     pub data_key: String,
     /// What the sample prompts were answered so far.
     pub samples: Vec<SampleRound>,
-    /// Whether the adapter's factors lie with those that they started from, as twice the rank.
+    /// Ranks of what lies behind the modules' factors in the adapter's file, and is not trained.
     #[serde(default)]
-    pub keeps_start: bool,
+    pub fixed_ranks: BTreeMap<String, usize>,
 }
 
 impl TrainerState {
@@ -54,7 +54,7 @@ impl TrainerState {
             skipped_in_a_row: 0,
             data_key,
             samples: Vec::new(),
-            keeps_start: false,
+            fixed_ranks: BTreeMap::new(),
         }
     }
 }
@@ -79,10 +79,7 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<Self, TrainError> {
         let state = read_state(dir)?;
-        let mut adapter = Adapter::load(dir, modules, device)?;
-        if state.keeps_start {
-            adapter = adapter.with_start()?;
-        }
+        let adapter = Adapter::load(dir, modules, device)?.with_fixed(&state.fixed_ranks)?;
         let mut optimizer = Optimizer::new(config, &adapter);
         states_from_file(&mut optimizer, &dir.join(STATES), device)?;
         Ok(Self { state, adapter, optimizer })

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use pronk_data::PackedBatch;
-use pronk_kernels::{attention_bytes_on_card, logit_rows};
+use pronk_kernels::{Precision, attention_bytes_on_card, logit_rows};
 use pronk_lora::{EMBED_TOKENS, LM_HEAD, LoraConfig, LoraError, TensorKind, TensorName};
 use pronk_model::{DecoderConfig, Memory, WeightBytes, start_bytes};
 
@@ -96,8 +96,9 @@ pub struct Shapes {
     adapted: BTreeSet<String>,
     /// Outputs of a block's layers with `DoRA`, which are kept in front of their magnitudes.
     dora_outputs: usize,
-    /// Whether the factors that the adapter started from are kept beside it.
-    keeps_start: bool,
+    /// Numbers that are fixed beside the adapter, and bytes that they take.
+    fixed_numbers: u64,
+    fixed_bytes: u64,
     /// Bytes that it is started in.
     start: u64,
     /// Numbers in the linear layers of all blocks.
@@ -128,6 +129,10 @@ impl Shapes {
         let numbers = targets
             .iter()
             .map(|m| lora.rank_of(&m.name) * (m.in_features + m.out_features) + magnitudes(m.out_features));
+        let fixed_numbers: usize =
+            targets.iter().map(|m| lora.fixed_rank_of(m) * (m.in_features + m.out_features)).sum();
+        let is_short = lora.restore_rank > 0 && weights.precision == Precision::Bf16;
+        let size_of_fixed = if is_short { size_of::<u16>() } else { size_of::<f32>() };
         let whole = lora.whole(&modules)?;
         let whole_numbers: usize = whole.values().map(|[rows, columns]| rows * columns).sum();
         let weight = |module| {
@@ -144,8 +149,9 @@ impl Shapes {
             weights,
             // Dropout has the base multiplied with what it leaves as well.
             dora_outputs: magnitudes(outputs.values().sum()) * if lora.dropout > 0.0 { 2 } else { 1 },
-            keeps_start: lora.init_lora_weights.keeps_start(),
-            start: start_bytes(model, lora.init_lora_weights, &targets) as u64,
+            fixed_numbers: fixed_numbers as u64,
+            fixed_bytes: (fixed_numbers * size_of_fixed) as u64,
+            start: start_bytes(model, lora, &targets) as u64,
             linear_numbers: model.linear_modules().iter().map(|m| m.in_features * m.out_features).sum(),
             adapter_numbers: (numbers.sum::<usize>() + whole_numbers) as u64,
             embedding_numbers,
@@ -182,7 +188,8 @@ impl Shapes {
         let layers = self.model.num_hidden_layers;
         let kept = kept.min(layers);
         let numbers = self.adapter_numbers * FLOAT;
-        let in_file = (self.adapter_numbers - self.whole_numbers + self.whole_in_file) * FLOAT;
+        let in_file =
+            (self.adapter_numbers - self.whole_numbers + self.whole_in_file + self.fixed_numbers) * FLOAT;
         let states = self.adapter_numbers * self.state_bytes;
         let whole_file = self.whole_in_file * FLOAT + self.whole_numbers * self.state_bytes;
         let largest = self.embedding_numbers.max(self.head_numbers) * FLOAT;
@@ -191,7 +198,7 @@ impl Shapes {
         Footprint {
             weights: self.weights.resident,
             streamed: self.weights.streamed_head > 0,
-            adapter: numbers * if self.keeps_start { 2 } else { 1 },
+            adapter: numbers + self.fixed_bytes,
             optimizer: numbers + states,
             saved_inputs: (layers - kept) as u64 * input,
             kept_graphs: kept as u64 * self.graph(work),
@@ -315,14 +322,19 @@ pub(crate) mod tests {
     #[test]
     fn what_comes_before_the_first_step_counts_where_it_is_more() {
         let (small, large) = (1, 1 << 20);
-        let peak = |init_lora_weights, tokens| {
-            let lora = LoraConfig { init_lora_weights, ..LoraConfig::default() };
+        let peak = |init_lora_weights, restore_rank, tokens| {
+            let lora = LoraConfig { init_lora_weights, restore_rank, ..LoraConfig::default() };
             let work = Workload { tokens, supervised: tokens, pairs: 0 };
             shapes_of(&lora).footprint(work, 0).peak()
         };
         let (plain, qera) = (InitLoraWeights::Default, InitLoraWeights::Qera);
-        assert!(peak(qera, small) > peak(plain, small) + (128 * 256 * 64 * FLOAT));
-        assert_eq!(peak(qera, large), peak(plain, large));
+        let records = 128 * 256 * 64 * FLOAT;
+        assert!(peak(qera, 0, small) > peak(plain, 0, small) + records);
+        assert_eq!(peak(qera, 0, large), peak(plain, 0, large));
+        // Of four blocks' two modules, 64 by 64.
+        let fixed = 4 * 2 * 5 * (64 + 64) * FLOAT;
+        assert_eq!(peak(plain, 5, small), peak(qera, 0, small) + fixed);
+        assert_eq!(peak(plain, 5, large), peak(plain, 0, large) + fixed);
     }
 
     #[test]

@@ -176,7 +176,7 @@ mod tests {
             b: wave([90, 4], seed + 1),
             scale: 1.0,
             magnitude: None,
-            start: None,
+            fixed: None,
         }
     }
 

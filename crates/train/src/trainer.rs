@@ -97,7 +97,7 @@ impl<'a> Trainer<'a> {
         let plan = Plan::new(&config, order, data.mixture.clone());
         let optimizer = Optimizer::new(&config, &adapter);
         let mut state = TrainerState::new(data.key.clone());
-        state.keeps_start = adapter.pairs.values().any(|pair| pair.start.is_some());
+        state.fixed_ranks = adapter.fixed_ranks();
         let shapes = Shapes::new(&decoder.config.tuned_by(&adapter), weights, &adapter.config)?;
         let memory = MemoryPlan::new(&config, shapes);
         let run = Self {

@@ -123,7 +123,7 @@ fn gradients_of_a_principal_start_equal_pefts() {
             let error = relative_error(&pair.b.clone().matmul(pair.a.clone()), &product);
             assert!(error < 1e-4, "{device:?} {name}: {error}");
             (pair.a, pair.b) = start;
-            pair.keep_start();
+            pair.keep_start(name).unwrap();
             (pair.a, pair.b) = now;
         }
         let batch = pack(&examples(&file, "pissa"));

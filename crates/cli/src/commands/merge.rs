@@ -24,8 +24,8 @@ pub fn run(args: &Merge) -> Result<()> {
     let of_quantized = loftq_config_of(&args.adapter).into_diagnostic()?.is_some();
     if let (true, Some(onto)) = (of_quantized, &args.onto) {
         return Err(miette!(
-            "--onto {onto}: {} started from what the base lost when it was quantized (LoftQ, QERA), and would bring that to \
-             weights that have it still; leave --onto out",
+            "--onto {onto}: {} brings back what the base lost when it was quantized (LoftQ, QERA), to weights that have it \
+             still; leave --onto out",
             args.adapter.display()
         ));
     }

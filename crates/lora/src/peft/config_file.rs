@@ -119,6 +119,7 @@ pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
         rslora: value["use_rslora"] == true,
         use_dora: value["use_dora"] == true,
         init_lora_weights: InitLoraWeights::Default,
+        restore_rank: 0,
         loftq_config: loftq_config(&path, &value)?,
         rank_pattern: or_default(&path, &value, "rank_pattern")?,
         alpha_pattern: or_default(&path, &value, "alpha_pattern")?,

@@ -1,0 +1,213 @@
+//! What is added beside a pair and stays as it is, and its way into files that know no such thing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor};
+use half::bf16;
+use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision};
+
+use crate::{
+    Adapter, InitLoraWeights, LoraConfig, LoraError, LoraPair, LowRankFactors, low_rank_factors,
+    low_rank_factors_over,
+};
+
+/// An update beside the one that is trained, with the same factor in front: less of what a pair started with, where that
+/// was the base's own, or what a quantized base has lost. As the base is, it is frozen.
+#[derive(Debug, Clone)]
+pub struct FixedFactors {
+    /// A, `[fixed rank, in]`, and B, `[out, fixed rank]`.
+    layers: [FrozenLinear; 2],
+    device: Device,
+}
+
+impl FixedFactors {
+    /// Those of the module called `name`. They are kept in 16 bits, and so multiplied, where that is `rounded` to, or
+    /// where it keeps every number as it is.
+    fn new([a, b]: [&Tensor<2>; 2], rounded: bool, name: &str) -> Result<Self, LoraError> {
+        let layers = [frozen(a, rounded, name)?, frozen(b, rounded, name)?];
+        Ok(Self { layers, device: a.device() })
+    }
+
+    /// The update's rank.
+    pub fn rank(&self) -> usize {
+        self.layers[0].out_features()
+    }
+
+    /// A and B.
+    pub fn factors(&self) -> [Tensor<2>; 2] {
+        self.layers.each_ref().map(|layer| {
+            let rows: Vec<u32> = (0..layer.out_features() as u32).collect();
+            layer.rows(&rows, &self.device)
+        })
+    }
+
+    /// `y + scale * (x A^T) B^T`.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - y and result: `[tokens, out]`
+    pub(crate) fn add(&self, y: &Tensor<2>, x: Tensor<2>, scale: f64) -> Tensor<2> {
+        let [a, b] = &self.layers;
+        let sum = FrozenLinear::products(vec![(b, None)], &(a.product(x) * scale), Some(y)).pop();
+        sum.unwrap_or_else(|| unreachable!("a product of the layer"))
+    }
+}
+
+fn frozen(factor: &Tensor<2>, rounded: bool, name: &str) -> Result<FrozenLinear, LoraError> {
+    let malformed = |problem: String| LoraError::Malformed { path: name.into(), problem };
+    let numbers: Vec<f32> =
+        factor.try_to_vec_as().map_err(|e| malformed(format!("cannot be read from the device ({e})")))?;
+    let short: Vec<bf16> = numbers.iter().map(|&x| bf16::from_f32(x)).collect();
+    let (format, precision, bytes) =
+        if rounded || short.iter().zip(&numbers).all(|(s, x)| s.to_f32().to_bits() == x.to_bits()) {
+            (Format::Bf16, Precision::Bf16, short.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
+        } else {
+            (Format::F32, Precision::F32, numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
+        };
+    let matrix = FrozenMatrix::dense(format, factor.dims(), bytes.into());
+    let matrix = matrix.map_err(|e| malformed(e.to_string()))?;
+    Ok(FrozenLinear::on_host(Arc::new(matrix), precision, None).on_device(&factor.device()))
+}
+
+/// What factors are to come near to.
+#[derive(Debug, Clone, Copy)]
+pub struct Sought<'a> {
+    /// `[out, in]`
+    pub matrix: &'a Tensor<2>,
+    /// `X^T X`, `[in, in]`, where it is what the matrix makes of inputs X, and not the matrix itself.
+    pub inputs: Option<&'a Tensor<2>>,
+    /// The rest of what [`low_rank_factors`] asks for.
+    pub turns: usize,
+    /// See there.
+    pub seed: u64,
+    /// The module's name.
+    pub name: &'a str,
+}
+
+impl Sought<'_> {
+    fn factors(&self, rank: usize) -> LowRankFactors {
+        let Self { matrix, inputs, turns, seed, name } = *self;
+        match inputs {
+            Some(inputs) => low_rank_factors_over(matrix, inputs, rank, turns, seed, name),
+            None => low_rank_factors(matrix, rank, turns, seed, name),
+        }
+    }
+}
+
+impl LoraPair {
+    /// Makes `scale * B A` the best approximation of what is sought that its rank allows. Where that has no such rank,
+    /// the rest is zero.
+    pub fn approximate(&mut self, sought: Sought) {
+        let factors = sought.factors(self.rank());
+        let (share, found) = (1.0 / self.scale.sqrt(), factors.a.dims()[0]);
+        let ([rank, columns], rows) = (self.a.dims(), self.b.dims()[0]);
+        let (a, b) = (factors.a * share, factors.b * share);
+        self.a = self.a.zeros_like().slice_assign([0..found, 0..columns], a);
+        self.b = Tensor::zeros([rows, rank], &b.device()).slice_assign([0..rows, 0..found], b);
+    }
+
+    /// Leaves the pair as it is, and fixes beside it the best approximation of what is sought, of `rank` at most, with
+    /// numbers that are rounded to `precision`.
+    pub fn fix_beside(&mut self, sought: Sought, rank: usize, precision: Precision) -> Result<(), LoraError> {
+        let factors = sought.factors(rank);
+        let share = 1.0 / self.scale.sqrt();
+        let (a, b) = (factors.a * share, factors.b * share);
+        self.fixed = Some(FixedFactors::new([&a, &b], precision == Precision::Bf16, sought.name)?);
+        Ok(())
+    }
+
+    /// Takes what the pair computes now away from what the base computes. `name` is the module's.
+    pub fn keep_start(&mut self, name: &str) -> Result<(), LoraError> {
+        self.fixed = Some(FixedFactors::new([&self.a, &self.b.clone().neg()], false, name)?);
+        Ok(())
+    }
+
+    /// Rank of what is fixed beside it.
+    pub fn fixed_rank(&self) -> usize {
+        self.fixed.as_ref().map_or(0, FixedFactors::rank)
+    }
+
+    /// The same update in one, of both ranks: what is trained, then what is fixed. So PEFT converts `PiSSA`'s when it saves.
+    fn standalone(&self) -> Self {
+        let Some(fixed) = &self.fixed else { return self.clone() };
+        let [a, b] = fixed.factors();
+        Self {
+            a: Tensor::cat(vec![self.a.clone(), a], 0),
+            b: Tensor::cat(vec![self.b.clone(), b], 1),
+            fixed: None,
+            ..self.clone()
+        }
+    }
+
+    /// The reverse of [`Self::standalone`], to the bit. `name` is the module's.
+    fn with_fixed(&self, rank: usize, name: &str) -> Result<Self, LoraError> {
+        let Some(trained) = self.rank().checked_sub(rank).filter(|trained| *trained > 0) else {
+            let problem = format!("expected more than rank {rank}, which is fixed, found {}", self.rank());
+            return Err(LoraError::Malformed { path: name.into(), problem });
+        };
+        let part =
+            |first, rank| [self.a.clone().narrow(0, first, rank), self.b.clone().narrow(1, first, rank)];
+        let ([a, b], [fixed_a, fixed_b]) = (part(0, trained), part(trained, rank));
+        let fixed = Some(FixedFactors::new([&fixed_a, &fixed_b], false, name)?);
+        Ok(Self { a, b, fixed, ..self.clone() })
+    }
+}
+
+impl Adapter {
+    /// The same update as every reader of PEFT's layout takes it: in one, over the base as it is.
+    #[must_use]
+    pub fn standalone(&self) -> Self {
+        if self.pairs.values().all(|pair| pair.fixed.is_none()) {
+            return self.clone();
+        }
+        let pairs = self.pairs.iter().map(|(name, pair)| (name.clone(), pair.standalone())).collect();
+        let config = LoraConfig {
+            init_lora_weights: InitLoraWeights::Default,
+            restore_rank: 0,
+            ..self.config.clone()
+        };
+        self.with_pairs(&config, pairs)
+    }
+
+    /// Ranks of what is fixed, by the names of the modules where there is such.
+    pub fn fixed_ranks(&self) -> BTreeMap<String, usize> {
+        let fixed = self.pairs.iter().filter(|(_, pair)| pair.fixed.is_some());
+        fixed.map(|(name, pair)| (name.clone(), pair.fixed_rank())).collect()
+    }
+
+    /// The adapter that [`Self::standalone`] was made of, where that had these [ranks](Self::fixed_ranks).
+    pub fn with_fixed(&self, ranks: &BTreeMap<String, usize>) -> Result<Self, LoraError> {
+        if ranks.is_empty() {
+            return Ok(self.clone());
+        }
+        let mut pairs = self.pairs.clone();
+        for (name, pair) in &mut pairs {
+            if let Some(rank) = ranks.get(name) {
+                *pair = pair.with_fixed(*rank, name)?;
+            }
+        }
+        Ok(self.with_pairs(&self.config, pairs))
+    }
+
+    /// Takes the configuration of `other`, to the bit, where it describes these pairs too; otherwise says that it
+    /// does not. A file tells ranks and scales in words of its own.
+    pub fn take_config_of(&mut self, other: &Self) -> bool {
+        let alike = |(mine, theirs): ((&String, &LoraPair), (&String, &LoraPair))| {
+            let ((name, pair), (other_name, other)) = (mine, theirs);
+            let scales = (pair.scale - other.scale).abs() <= 1e-9 * other.scale.abs();
+            let kinds = pair.fixed_rank() == other.fixed_rank()
+                && pair.magnitude.is_some() == other.magnitude.is_some();
+            name == other_name && pair.rank() == other.rank() && scales && kinds
+        };
+        let same = self.pairs.len() == other.pairs.len() && self.whole.keys().eq(other.whole.keys());
+        if !same || !self.pairs.iter().zip(&other.pairs).all(alike) {
+            return false;
+        }
+        self.config = other.config.clone();
+        for (pair, other) in self.pairs.values_mut().zip(other.pairs.values()) {
+            pair.scale = other.scale;
+        }
+        true
+    }
+}
