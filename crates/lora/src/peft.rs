@@ -114,9 +114,11 @@ impl Adapter {
         if !fresh && tensors.iter().all(zero) {
             return Err(not_saved("every B is zero after training, so nothing was learned".into()));
         }
-        let weights = serialize(&tensors, |name| adapter.pairs.contains_key(&name.module))
-            .map_err(|e| not_saved(e.to_string()))?;
         let config = config_file::to_json(&adapter, base);
+        // It has copies of its own where something is fixed.
+        drop(adapter);
+        let weights = serialize(&tensors, |name| self.pairs.contains_key(&name.module))
+            .map_err(|e| not_saved(e.to_string()))?;
         Ok(AdapterFiles { config, weights })
     }
 

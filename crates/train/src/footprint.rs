@@ -51,7 +51,7 @@ pub struct Footprint {
     pub weights: u64,
     /// Whether the weights are gone while there are logits.
     pub streamed: bool,
-    /// Both factors of every adapted layer, and what is trained whole.
+    /// Both factors of every adapted layer, what is fixed beside them, and what is trained whole.
     pub adapter: u64,
     /// Gradients, and what the optimizer remembers.
     pub optimizer: u64,
@@ -65,7 +65,7 @@ pub struct Footprint {
     pub logits: u64,
     /// A save that is still being written at the next step's worst moment, in the host's memory.
     pub save: u64,
-    /// What a step of the optimizer computes in, or what a save of what is trained whole is put together in.
+    /// What a step of the optimizer computes in, or what a save is put together in.
     pub step: u64,
     /// The matrix that is dense for its product, on a card.
     pub dense: u64,
@@ -206,7 +206,7 @@ impl Shapes {
             logits: self.logits(work),
             // The adapter to use and the checkpoint's.
             save: self.save(2 * in_file + states, self.operations(work, kept)),
-            step: (self.step_copies * largest).max(whole_file),
+            step: (self.step_copies * largest).max(whole_file).max(in_file),
             dense: self.weights.dense,
             start: self.start,
             program: if self.on_card() { CONTEXT } else { PROGRAM },
