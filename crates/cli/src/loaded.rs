@@ -12,7 +12,7 @@ use pronk_data::{
 use pronk_kernels::open_device;
 use pronk_lora::{Adapter, TensorName};
 use pronk_model::{Base, CALIBRATION, Decoder, Memory, StartWeights, WeightBytes};
-use pronk_train::{ModelCard, RunFolder, SamplePrompt, Samples, TrainError, Trainer};
+use pronk_train::{Checkpoint, ModelCard, RunFolder, SamplePrompt, Samples, TrainError, Trainer};
 
 use crate::base::{OpenedBase, without_revision};
 use crate::commands::prep;
@@ -21,7 +21,7 @@ use crate::progress;
 use crate::recipe::{Quantize, Recipe};
 use crate::run_lock::{LockedFile, RunLock};
 use crate::sizes::{self, Settled, settle};
-use crate::terminal::{print, stop_on_signal};
+use crate::terminal::{print, say, stop_on_signal};
 
 const SAMPLE_TOKENS: usize = 96;
 /// The run's prepared rows, in its folder.
@@ -93,6 +93,20 @@ impl LoadedRun {
         Ok(Some(Self { recipe, opened, lock, template, data, micro_batches, decoder, stop }))
     }
 
+    /// The newest whole checkpoint in `folder`, to be trained on by the recipe.
+    fn newest_checkpoint(&self, folder: &RunFolder) -> Result<Option<Checkpoint>> {
+        let Self { recipe, decoder, .. } = self;
+        let (modules, device) = (decoder.config.adapter_modules(), decoder.device());
+        let newest =
+            Checkpoint::load_newest(folder, &modules, &recipe.train, device, warn).into_diagnostic()?;
+        // What is adapted is the checkpoint's; how it is trained on is the recipe's.
+        let dropout = recipe.lora.config.dropout;
+        Ok(newest.map(|mut checkpoint| {
+            checkpoint.adapter.config.dropout = dropout;
+            checkpoint
+        }))
+    }
+
     /// What training starts from: an adapter that there is, or a fresh one.
     fn initial_adapter(&self) -> Result<Adapter> {
         let Self { recipe, opened, lock, decoder, .. } = self;
@@ -117,10 +131,14 @@ impl LoadedRun {
         Ok(adapter)
     }
 
-    /// The run, before its first step.
-    pub fn trainer(&self, folder: RunFolder) -> Result<Trainer<'_>> {
+    /// The run as it starts: before its first step, or where its newest checkpoint left it.
+    pub fn trainer(&self, folder: RunFolder, start: Start) -> Result<Trainer<'_>> {
         let Self { recipe, opened, lock, template, data, micro_batches, decoder, .. } = self;
-        let adapter = self.initial_adapter()?;
+        let newest = if start == Start::Anew { None } else { self.newest_checkpoint(&folder)? };
+        let adapter = match &newest {
+            Some(checkpoint) => checkpoint.adapter.clone(),
+            None => self.initial_adapter()?,
+        };
         let card = ModelCard {
             base: without_revision(&opened.name).to_owned(),
             opening: Making::new(opened, &adapter, Some(template))?.of_adapter(),
@@ -131,7 +149,7 @@ impl LoadedRun {
         };
         let computes_in = Memory::of(decoder.device());
         let weights = WeightBytes::of(&opened.base, recipe.base.load_config(), None, computes_in);
-        Trainer::new(
+        let trainer = Trainer::new(
             decoder,
             weights.into_diagnostic()?,
             &opened.tokenizer,
@@ -144,7 +162,11 @@ impl LoadedRun {
             card,
             Samples::new(sample_prompts(recipe, data, &opened.tokenizer, template)?, SAMPLE_TOKENS),
         )
-        .into_diagnostic()
+        .into_diagnostic()?;
+        match start {
+            Start::Anew => Ok(trainer),
+            _ => trainer.resume(newest, start == Start::GoesOnChanged, warn).into_diagnostic(),
+        }
     }
 }
 
@@ -236,6 +258,10 @@ fn adapter_to_start_from(
     // What is adapted is the adapter's; how it is trained on is the recipe's.
     adapter.config.dropout = wanted.dropout;
     Ok(adapter)
+}
+
+fn warn(message: &str) {
+    say(&format!("warning: {message}"));
 }
 
 /// Beginnings of records from all over the rows.

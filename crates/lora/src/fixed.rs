@@ -140,12 +140,12 @@ impl LoraPair {
         }
     }
 
-    /// The reverse of [`Self::standalone`], to the bit. `name` is the module's.
-    fn with_fixed(&self, rank: usize, name: &str) -> Result<Self, LoraError> {
-        let Some(trained) = self.rank().checked_sub(rank).filter(|trained| *trained > 0) else {
-            let problem = format!("expected more than rank {rank}, which is fixed, found {}", self.rank());
-            return Err(LoraError::Malformed { path: name.into(), problem });
-        };
+    /// The reverse of [`Self::standalone`], to the bit, where ranks up to `trained` were trained. `name` is the module's.
+    fn with_fixed(&self, trained: usize, name: &str) -> Result<Self, LoraError> {
+        let rank = self.rank() - trained;
+        if rank == 0 {
+            return Ok(self.clone());
+        }
         let part =
             |first, rank| [self.a.clone().narrow(0, first, rank), self.b.clone().narrow(1, first, rank)];
         let ([a, b], [fixed_a, fixed_b]) = (part(0, trained), part(trained, rank));
@@ -176,38 +176,23 @@ impl Adapter {
         fixed.map(|(name, pair)| (name.clone(), pair.fixed_rank())).collect()
     }
 
-    /// The adapter that [`Self::standalone`] was made of, where that had these [ranks](Self::fixed_ranks).
-    pub fn with_fixed(&self, ranks: &BTreeMap<String, usize>) -> Result<Self, LoraError> {
-        if ranks.is_empty() {
-            return Ok(self.clone());
-        }
-        let mut pairs = self.pairs.clone();
-        for (name, pair) in &mut pairs {
-            if let Some(rank) = ranks.get(name) {
-                *pair = pair.with_fixed(*rank, name)?;
+    /// The adapter that [`Self::standalone`] was made of, where that had these [ranks](Self::fixed_ranks) and this
+    /// configuration: a file tells ranks and scales in words of its own.
+    pub fn with_fixed(
+        mut self,
+        ranks: &BTreeMap<String, usize>,
+        config: LoraConfig,
+    ) -> Result<Self, LoraError> {
+        config.validate()?;
+        for (name, pair) in &mut self.pairs {
+            let (trained, fixed) = (config.rank_of(name), ranks.get(name).copied().unwrap_or(0));
+            if trained.checked_add(fixed) != Some(pair.rank()) {
+                let problem = format!("expected rank {trained} and {fixed} fixed, found {}", pair.rank());
+                return Err(LoraError::Malformed { path: name.into(), problem });
             }
+            *pair = pair.with_fixed(trained, name)?;
+            pair.scale = config.scale_of(name);
         }
-        Ok(self.with_pairs(&self.config, pairs))
-    }
-
-    /// Takes the configuration of `other`, to the bit, where it describes these pairs too; otherwise says that it
-    /// does not. A file tells ranks and scales in words of its own.
-    pub fn take_config_of(&mut self, other: &Self) -> bool {
-        let alike = |(mine, theirs): ((&String, &LoraPair), (&String, &LoraPair))| {
-            let ((name, pair), (other_name, other)) = (mine, theirs);
-            let scales = (pair.scale - other.scale).abs() <= 1e-9 * other.scale.abs();
-            let kinds = pair.fixed_rank() == other.fixed_rank()
-                && pair.magnitude.is_some() == other.magnitude.is_some();
-            name == other_name && pair.rank() == other.rank() && scales && kinds
-        };
-        let same = self.pairs.len() == other.pairs.len() && self.whole.keys().eq(other.whole.keys());
-        if !same || !self.pairs.iter().zip(&other.pairs).all(alike) {
-            return false;
-        }
-        self.config = other.config.clone();
-        for (pair, other) in self.pairs.values_mut().zip(other.pairs.values()) {
-            pair.scale = other.scale;
-        }
-        true
+        Ok(Self { config, ..self })
     }
 }

@@ -122,8 +122,8 @@ fn starts_from_what_was_lost_add_up_with_their_like() {
     let plain = golden("gqa");
     let combined =
         |parts: &[(&Adapter, f64)]| Adapter::combine(parts, Combination::Cat).map_err(|e| e.to_string());
-    assert!(combined(&[(&lost, 0.5), (&plain, 0.5)]).unwrap_err().contains("others did not"));
-    assert!(combined(&[(&plain, 0.5), (&lost, 0.5)]).unwrap_err().contains("others did not"));
+    assert!(combined(&[(&lost, 0.5), (&plain, 0.5)]).unwrap_err().contains("others do not"));
+    assert!(combined(&[(&plain, 0.5), (&lost, 0.5)]).unwrap_err().contains("others do not"));
     assert!(combined(&[(&lost, 1.0), (&lost, 1.0)]).unwrap_err().contains("add up to 1, found 2"));
     assert_eq!(
         combined(&[(&lost, 0.7), (&lost, 0.3)]).unwrap().config.loftq_config,

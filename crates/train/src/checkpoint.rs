@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_kernels::{AdamWState, Blockwise};
-use pronk_lora::{Adapter, AdapterFiles, ModuleShape};
+use pronk_lora::{Adapter, AdapterFiles, LoraConfig, ModuleShape};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -38,13 +38,14 @@ pub struct TrainerState {
     /// What the sample prompts were answered so far.
     pub samples: Vec<SampleRound>,
     /// Ranks of what lies behind the modules' factors in the adapter's file, and is not trained.
-    #[serde(default)]
     pub fixed_ranks: BTreeMap<String, usize>,
+    /// How the adapter was made.
+    pub lora: LoraConfig,
 }
 
 impl TrainerState {
-    /// Before the first step of a run on the rows called `data_key`.
-    pub fn new(data_key: String) -> Self {
+    /// Before the first step of a run on the rows called `data_key` that starts from `adapter`.
+    pub fn new(data_key: String, adapter: &Adapter) -> Self {
         Self {
             step: 0,
             best: None,
@@ -54,7 +55,8 @@ impl TrainerState {
             skipped_in_a_row: 0,
             data_key,
             samples: Vec::new(),
-            fixed_ranks: BTreeMap::new(),
+            fixed_ranks: adapter.fixed_ranks(),
+            lora: adapter.config.clone(),
         }
     }
 }
@@ -79,10 +81,32 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<Self, TrainError> {
         let state = read_state(dir)?;
-        let adapter = Adapter::load(dir, modules, device)?.with_fixed(&state.fixed_ranks)?;
+        let adapter = Adapter::load(dir, modules, device)?;
+        let adapter = adapter.with_fixed(&state.fixed_ranks, state.lora.clone())?;
         let mut optimizer = Optimizer::new(config, &adapter);
         states_from_file(&mut optimizer, &dir.join(STATES), device)?;
         Ok(Self { state, adapter, optimizer })
+    }
+
+    /// The newest checkpoint that is whole, if there is one. Damaged ones are passed over and named to `warn`; one that
+    /// is whole and does not fit the run is an error.
+    pub fn load_newest(
+        folder: &RunFolder,
+        modules: &[ModuleShape],
+        config: &TrainConfig,
+        device: &Device,
+        warn: impl Fn(&str),
+    ) -> Result<Option<Self>, TrainError> {
+        for path in list(folder).into_values().rev() {
+            match differences(&path).first() {
+                None => return Self::load(&path, modules, config, device).map(Some),
+                Some(first) => {
+                    let (file, problem) = (first.path.display(), &first.problem);
+                    warn(&format!("passing over a damaged checkpoint: {file}: {problem}"));
+                }
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -141,27 +165,6 @@ fn kept(
         kept.extend(best.into_iter().take(config.keep_best).map(|(_, step)| step));
     }
     kept
-}
-
-/// The newest checkpoint that is whole, if there is one. Damaged ones are passed over and named to `warn`; one that
-/// is whole and does not fit the run is an error.
-pub fn load_newest(
-    folder: &RunFolder,
-    modules: &[ModuleShape],
-    config: &TrainConfig,
-    device: &Device,
-    mut warn: impl FnMut(String),
-) -> Result<Option<Checkpoint>, TrainError> {
-    for path in list(folder).into_values().rev() {
-        match differences(&path).first() {
-            None => return Checkpoint::load(&path, modules, config, device).map(Some),
-            Some(first) => {
-                let (file, problem) = (first.path.display(), &first.problem);
-                warn(format!("passing over a damaged checkpoint: {file}: {problem}"));
-            }
-        }
-    }
-    Ok(None)
 }
 
 /// Where the newest whole checkpoint is.

@@ -192,6 +192,8 @@ impl Shapes {
             (self.adapter_numbers - self.whole_numbers + self.whole_in_file + self.fixed_numbers) * FLOAT;
         let states = self.adapter_numbers * self.state_bytes;
         let whole_file = self.whole_in_file * FLOAT + self.whole_numbers * self.state_bytes;
+        // What is fixed and what is trained, as one.
+        let put_together = if self.fixed_numbers > 0 { in_file } else { 0 };
         let largest = self.embedding_numbers.max(self.head_numbers) * FLOAT;
         let tokens = work.tokens as u64;
         let input = tokens * self.model.hidden_size as u64 * self.saved_bytes;
@@ -206,7 +208,7 @@ impl Shapes {
             logits: self.logits(work),
             // The adapter to use and the checkpoint's.
             save: self.save(2 * in_file + states, self.operations(work, kept)),
-            step: (self.step_copies * largest).max(whole_file).max(in_file),
+            step: (self.step_copies * largest).max(whole_file).max(put_together),
             dense: self.weights.dense,
             start: self.start,
             program: if self.on_card() { CONTEXT } else { PROGRAM },

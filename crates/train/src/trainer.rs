@@ -11,7 +11,7 @@ use pronk_lora::Adapter;
 use pronk_model::{Decoder, WeightBytes};
 use tracing::trace_span;
 
-use crate::checkpoint::{self, Checkpoint, TrainerState};
+use crate::checkpoint::{Checkpoint, TrainerState};
 use crate::gradients::scalar;
 use crate::plan::laid_out;
 use crate::spans::spanned;
@@ -96,8 +96,7 @@ impl<'a> Trainer<'a> {
         }
         let plan = Plan::new(&config, order, data.mixture.clone());
         let optimizer = Optimizer::new(&config, &adapter);
-        let mut state = TrainerState::new(data.key.clone());
-        state.fixed_ranks = adapter.fixed_ranks();
+        let state = TrainerState::new(data.key.clone(), &adapter);
         let shapes = Shapes::new(&decoder.config.tuned_by(&adapter), weights, &adapter.config)?;
         let memory = MemoryPlan::new(&config, shapes);
         let run = Self {
@@ -120,18 +119,19 @@ impl<'a> Trainer<'a> {
         Ok(run)
     }
 
-    /// The same run, set to where its newest whole checkpoint left it; to its beginning where it was ended
+    /// The same run, set to where its `newest` whole checkpoint left it; to its beginning where it was ended
     /// before there was one. Other rows than it began with are refused, unless `other_rows` are wanted.
-    pub fn resume(mut self, other_rows: bool, observer: &mut dyn Observer) -> Result<Self, TrainError> {
-        let modules = self.decoder.config.adapter_modules();
-        let device = self.decoder.device();
-        let newest =
-            checkpoint::load_newest(&self.folder, &modules, &self.config, device, |m| observer.warn(&m))?;
-        let Some(Checkpoint { state, mut adapter, optimizer }) = newest else {
+    pub fn resume(
+        mut self,
+        newest: Option<Checkpoint>,
+        other_rows: bool,
+        warn: impl Fn(&str),
+    ) -> Result<Self, TrainError> {
+        let Some(Checkpoint { state, adapter, optimizer }) = newest else {
             if self.folder.last_logged_step() > 0 {
                 return Err(TrainError::NoCheckpoint(self.folder.root().into()));
             }
-            observer.note("this run ended before its first checkpoint: it begins anew");
+            warn("this run ended before its first checkpoint: it begins anew");
             return Ok(self);
         };
         if state.data_key != self.data.key && !other_rows {
@@ -139,13 +139,9 @@ impl<'a> Trainer<'a> {
                 "the data, the template, the tokenizer or their limits have changed since this run began";
             return Err(TrainError::Checkpoint { path: self.folder.checkpoints(), problem: problem.into() });
         }
-        // What is adapted is the checkpoint's; how it is trained on is the recipe's.
-        if !adapter.take_config_of(&self.adapter) {
-            adapter.config.dropout = self.adapter.config.dropout;
-        }
         (self.state, self.adapter, self.optimizer) = (state, adapter, optimizer);
         self.state.data_key.clone_from(&self.data.key);
-        self.find_the_best(observer)?;
+        self.find_the_best(warn)?;
         Ok(self)
     }
 

@@ -44,7 +44,7 @@ pub fn run(args: &args::Bench) -> Result<ExitCode> {
         return Ok(ExitCode::from(130));
     };
     let mut stopwatch = Stopwatch { started, warmup: args.warmup, totals, first: None, records: Vec::new() };
-    let ending = loaded.trainer(folder)?.run(&mut stopwatch, &loaded.stop).into_diagnostic()?;
+    let ending = loaded.trainer(folder, Start::Anew)?.run(&mut stopwatch, &loaded.stop).into_diagnostic()?;
     if matches!(ending, Ending::Interrupted { .. }) {
         return Ok(ExitCode::from(130));
     }

@@ -159,7 +159,7 @@ impl Outlook {
             ("the program", program),
         ];
         let rare = [
-            ("or: the optimizer's step", step),
+            ("or: the optimizer's step, or a save", step),
             ("or: decomposing weights before step 1", start),
             ("a save being written", save),
             ("one dense matrix", dense),

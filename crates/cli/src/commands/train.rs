@@ -43,12 +43,8 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let Some(loaded) = LoadedRun::load(recipe, opened, &args.device.device, &folder, start)? else {
         return Ok(stopped_early());
     };
-    let mut trainer = loaded.trainer(folder.clone())?;
-    let mut progress = TrainingProgress::new(0, trainer.total_steps());
-    if start != Start::Anew {
-        trainer = trainer.resume(args.accept_changes, &mut progress).into_diagnostic()?;
-        progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
-    }
+    let mut trainer = loaded.trainer(folder.clone(), start)?;
+    let mut progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
     begin_session(&folder, &loaded, Session::new(trainer.step_number(), &args.device.device, accepted))?;
     let mut unused = unused.map(Unused::keep);
     let ending = trainer.run(&mut progress, &loaded.stop).into_diagnostic();

@@ -230,14 +230,14 @@ impl Trainer<'_> {
 
     /// The adapter of the lowest eval loss lies in its own folder alone. Where it was taken away or damaged
     /// it cannot be made again, unless it is the one of this very step.
-    pub(super) fn find_the_best(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+    pub(super) fn find_the_best(&mut self, warn: impl Fn(&str)) -> Result<(), TrainError> {
         let Some((loss, step)) = self.state.best else { return Ok(()) };
         let Some(damage) = differences(&self.folder.adapter()).into_iter().next() else { return Ok(()) };
         if step == self.state.step {
             return self.save_adapter(Some(loss));
         }
         self.state.best = None;
-        observer.warn(&format!(
+        warn(&format!(
             "the best adapter so far, of step {step}, is gone ({}: {}); the best from here on is kept",
             damage.path.display(),
             damage.problem
