@@ -125,6 +125,37 @@ fn every_start_goes_on_to_the_bit() {
     }
 }
 
+/// What it makes up for is the loss of one quantized base.
+#[test]
+fn what_restores_goes_on_over_the_base_that_it_restores() {
+    let shop = Workshop::new();
+    shop.train("run", "cpu", &["base.quantize=nf4", "lora.restore_rank=4"]).succeeds();
+    for changed in ["base.quantize=int8", "base.skip_modules=['v_proj']"] {
+        let run = shop.resume_changed("run", "cpu", &[changed, "train.max_steps=12"]);
+        run.fails(&[
+            "makes up for what its base lost",
+            "quantized to 4 bits",
+            "base.skip_modules as they were",
+        ]);
+    }
+    shop.resume_changed("run", "cpu", &["train.max_steps=12"]).succeeds();
+}
+
+/// A run is of itself once it has begun.
+#[test]
+fn the_adapter_that_it_started_from_may_go() {
+    let shop = Workshop::new();
+    shop.train("first", "cpu", &[]).succeeds();
+    let set = ["lora.init_adapter=first/adapter"];
+    shop.train("alone", "cpu", &set).succeeds();
+    shop.train("stopped", "cpu", &set).succeeds();
+    for path in ["first", "stopped/checkpoints/step-000008", "stopped/adapter"] {
+        fs::remove_dir_all(shop.path(path)).unwrap();
+    }
+    shop.resume("stopped", "cpu", &[]).succeeds();
+    same_result(&shop, "stopped", "alone");
+}
+
 /// The moments that a random kill seldom meets.
 #[test]
 fn it_begins_anew_where_there_was_nothing_to_go_on_from() {

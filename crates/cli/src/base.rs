@@ -181,7 +181,7 @@ impl OpenedBase {
     }
 
     /// The base that the adapter in `dir` belongs to: this one with the tokens that lie there; where the adapter
-    /// started from what quantizing takes away, this one quantized.
+    /// makes up for what quantizing takes away, this one quantized.
     pub fn of_adapter(self, dir: &Path) -> Result<Self> {
         let opened = self.with_tokens_of(dir)?;
         opened.quantized_for(dir)

@@ -78,7 +78,10 @@ impl LoadedRun {
             print(&prep::summary(&data.report));
         }
         print(&found);
-        write_recipe(&recipe, folder)?;
+        // A changed one is the run's once nothing has refused it.
+        if start != Start::GoesOnChanged {
+            write_recipe(&recipe, folder)?;
+        }
         opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
         let stop = stop_on_signal("finishing this step, then saving")?;
         let lock = RunLock::new(&recipe, LockedFile::of_base(&opened.base)?)?;
@@ -99,12 +102,23 @@ impl LoadedRun {
         let (modules, device) = (decoder.config.adapter_modules(), decoder.device());
         let newest =
             Checkpoint::load_newest(folder, &modules, &recipe.train, device, warn).into_diagnostic()?;
+        let Some(mut checkpoint) = newest else { return Ok(None) };
+        let found = self.opened.base.as_loftq_config();
+        if let Some(of) = &checkpoint.state.lora.loftq_config
+            && (of.loftq_bits, &of.skip_modules) != (found.loftq_bits, &found.skip_modules)
+        {
+            return Err(miette!(
+                "{}: this run's adapter makes up for what its base lost when it was quantized to {} bits; expected \
+                 base.quantize and base.skip_modules as they were, or a new run",
+                folder.root().display(),
+                of.loftq_bits
+            ));
+        }
         // What is adapted is the checkpoint's; how it is trained on is the recipe's.
-        let dropout = recipe.lora.config.dropout;
-        Ok(newest.map(|mut checkpoint| {
-            checkpoint.adapter.config.dropout = dropout;
-            checkpoint
-        }))
+        for lora in [&mut checkpoint.adapter.config, &mut checkpoint.state.lora] {
+            lora.dropout = recipe.lora.config.dropout;
+        }
+        Ok(Some(checkpoint))
     }
 
     /// What training starts from: an adapter that there is, or a fresh one.
@@ -115,7 +129,9 @@ impl LoadedRun {
         }
         let original = match recipe.base.quantize {
             Quantize::None => None,
-            _ => Some(Base::open(&lock.base.path).into_diagnostic()?),
+            // What is quantized already has nothing more to lose.
+            _ => Some(Base::open(&lock.base.path).into_diagnostic()?)
+                .filter(|base| base.quantization().is_none()),
         };
         let records = calibration_records(&self.data.train);
         let weights = StartWeights { base: &opened.base, original: original.as_ref(), records: &records };

@@ -168,7 +168,7 @@ impl<'a> Making<'a> {
         kinds + &quantized
     }
 
-    /// How the base is quantized that the adapter started from (`LoftQ`, `QERA`), and how transformers is told.
+    /// How the base is quantized that the adapter belongs to (`LoftQ`, `QERA`), and how transformers is told.
     fn quantized(&self) -> Option<(String, String)> {
         quantized(&self.adapter)
     }
@@ -342,7 +342,7 @@ impl<'a> Making<'a> {
     }
 }
 
-/// How the base is quantized that an adapter started from, and how transformers is told.
+/// How the base is quantized that an adapter belongs to, and how transformers is told.
 fn quantized(adapter: &Adapter) -> Option<(String, String)> {
     let loftq = adapter.config.loftq_config.as_ref()?;
     let (how, told) = match loftq.loftq_bits {

@@ -29,7 +29,7 @@ impl Adapter {
                 "{name} is trained whole, and how far it has moved only its base can tell; merge that adapter (pronk merge)"
             ));
         }
-        check_starts(adapters)?;
+        check_restored(adapters, how)?;
         let mut gathered: BTreeMap<&String, Vec<(&LoraPair, f64)>> = BTreeMap::new();
         for (adapter, weight) in adapters {
             for (name, pair) in &adapter.pairs {
@@ -62,7 +62,7 @@ impl Adapter {
 
 /// Adapters that bring back what the base lost when it was quantized (`LoftQ`, `QERA`) make up for it, each of them: they
 /// add up with their like alone, and where it is made up for once.
-fn check_starts(adapters: &[(&Adapter, f64)]) -> Result<(), LoraError> {
+fn check_restored(adapters: &[(&Adapter, f64)], how: Combination) -> Result<(), LoraError> {
     let mut started = adapters.iter().map(|(adapter, _)| &adapter.config.loftq_config);
     let Some(first) =
         started.next().filter(|_| adapters.iter().any(|(a, _)| a.config.loftq_config.is_some()))
@@ -73,6 +73,11 @@ fn check_starts(adapters: &[(&Adapter, f64)]) -> Result<(), LoraError> {
     if started.any(|other| other != first) {
         let problem = "some bring back what the quantized base has lost (LoftQ, QERA), others do not, or another loss; \
                        merge them one by one (pronk merge)";
+        return refuse(problem.into());
+    }
+    if how == Combination::Linear {
+        let problem = "all of them make up for what the quantized base has lost (LoftQ, QERA), which sums of factors would \
+                       multiply; take the method cat";
         return refuse(problem.into());
     }
     let total: f64 = adapters.iter().map(|(_, weight)| weight).sum();

@@ -1,6 +1,6 @@
 //! What is added beside a pair and stays as it is, and its way into files that know no such thing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
@@ -8,8 +8,8 @@ use half::bf16;
 use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision};
 
 use crate::{
-    Adapter, InitLoraWeights, LoraConfig, LoraError, LoraPair, LowRankFactors, low_rank_factors,
-    low_rank_factors_over,
+    ADAPTER_CONFIG, Adapter, InitLoraWeights, LoraConfig, LoraError, LoraPair, LowRankFactors, ModuleShape,
+    low_rank_factors, low_rank_factors_over,
 };
 
 /// An update beside the one that is trained, with the same factor in front: less of what a pair started with, where that
@@ -182,16 +182,31 @@ impl Adapter {
         mut self,
         ranks: &BTreeMap<String, usize>,
         config: LoraConfig,
+        modules: &[ModuleShape],
     ) -> Result<Self, LoraError> {
         config.validate()?;
+        let chosen = config.select(modules)?.into_iter().map(|module| &module.name);
+        let is_whole = config.whole(modules)?.keys().eq(self.whole.keys());
+        if !(chosen.collect::<BTreeSet<_>>().into_iter().eq(self.pairs.keys()) && is_whole) {
+            let problem = "the adapter beside it sits on other modules than its configuration says".into();
+            return Err(LoraError::Malformed { path: ADAPTER_CONFIG.into(), problem });
+        }
         for (name, pair) in &mut self.pairs {
             let (trained, fixed) = (config.rank_of(name), ranks.get(name).copied().unwrap_or(0));
-            if trained.checked_add(fixed) != Some(pair.rank()) {
-                let problem = format!("expected rank {trained} and {fixed} fixed, found {}", pair.rank());
+            let (scale, has_magnitude) = (config.scale_of(name), pair.magnitude.is_some());
+            let is_off = (pair.scale - scale).abs() > 1e-9 * scale.abs() || has_magnitude != config.use_dora;
+            if trained.checked_add(fixed) != Some(pair.rank()) || is_off {
+                let problem = format!(
+                    "expected rank {trained} beside {fixed} fixed, scale {scale} and use_dora = {}, found rank {}, \
+                     scale {} and use_dora = {has_magnitude}",
+                    config.use_dora,
+                    pair.rank(),
+                    pair.scale
+                );
                 return Err(LoraError::Malformed { path: name.into(), problem });
             }
             *pair = pair.with_fixed(trained, name)?;
-            pair.scale = config.scale_of(name);
+            pair.scale = scale;
         }
         Ok(Self { config, ..self })
     }

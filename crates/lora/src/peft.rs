@@ -33,6 +33,16 @@ const PREFIX: &str = "base_model.model.";
 /// A tensor on the host: what it is, its shape, its numbers.
 type HostTensor = (TensorName, [usize; 2], Vec<f32>);
 
+fn host(name: TensorName, tensor: &Tensor<2>) -> Result<HostTensor, LoraError> {
+    match tensor.try_to_vec_as::<f32>() {
+        Ok(values) => Ok((name, tensor.dims(), values)),
+        Err(e) => Err(LoraError::Malformed {
+            path: name.to_string().into(),
+            problem: format!("cannot be read from the device ({e})"),
+        }),
+    }
+}
+
 /// A tensor's key in the file. PEFT keeps the base's own layer, and its bias, within an adapted one.
 fn key(name: &TensorName, is_adapted: bool) -> String {
     match name.kind {
@@ -105,14 +115,8 @@ impl Adapter {
         if tensors.iter().any(|(_, _, values)| values.iter().any(|x| !x.is_finite())) {
             return Err(not_saved("it holds numbers that are not finite".into()));
         }
-        // What is fixed comes behind what is trained, in every row.
-        let trained = |name: &TensorName| self.pairs.get(&name.module).map_or(0, LoraPair::rank);
-        let zero = |(name, shape, values): &HostTensor| {
-            let mut rows = values.chunks(shape.last().copied().unwrap_or(1).max(1));
-            name.kind != TensorKind::B || rows.all(|row| row.iter().take(trained(name)).all(|&x| x == 0.0))
-        };
-        if !fresh && tensors.iter().all(zero) {
-            return Err(not_saved("every B is zero after training, so nothing was learned".into()));
+        if !fresh {
+            self.must_have_learned(dir)?;
         }
         let config = config_file::to_json(&adapter, base);
         // It has copies of its own where something is fixed.
@@ -120,6 +124,18 @@ impl Adapter {
         let weights = serialize(&tensors, |name| self.pairs.contains_key(&name.module))
             .map_err(|e| not_saved(e.to_string()))?;
         Ok(AdapterFiles { config, weights })
+    }
+
+    /// Refuses an adapter whose B, as far as it is trained, is all zero. `dir` is where it was to be saved.
+    pub fn must_have_learned(&self, dir: &Path) -> Result<(), LoraError> {
+        for (module, pair) in &self.pairs {
+            let (_, _, b) = host(TensorName::new(module, TensorKind::B), &pair.b)?;
+            if b.iter().any(|&x| x != 0.0) {
+                return Ok(());
+            }
+        }
+        let problem = "every B is zero after training, so nothing was learned".into();
+        Err(LoraError::NotSaved { path: dir.join(ADAPTER_WEIGHTS), problem })
     }
 
     /// Reads an adapter directory that PEFT, or this crate, has written, and checks it against
@@ -183,16 +199,9 @@ impl Adapter {
 
     /// Every tensor on the host, as files hold them.
     fn host_tensors(&self) -> Result<Vec<HostTensor>, LoraError> {
-        let host = |(name, tensor): (TensorName, &Tensor<2>)| match tensor.try_to_vec_as::<f32>() {
-            Ok(values) => Ok((name, tensor.dims(), values)),
-            Err(e) => Err(LoraError::Malformed {
-                path: name.to_string().into(),
-                problem: format!("cannot be read from the device ({e})"),
-            }),
-        };
         let twin = self.head().filter(|_| self.config.ensure_weight_tying);
         let twin = twin.map(|weight| (TensorName::new(LM_HEAD, TensorKind::Weight), weight));
-        self.tensors().chain(twin).map(host).collect()
+        self.tensors().chain(twin).map(|(name, tensor)| host(name, tensor)).collect()
     }
 
     fn target_names(&self) -> TargetModules {

@@ -125,6 +125,9 @@ fn starts_from_what_was_lost_add_up_with_their_like() {
     assert!(combined(&[(&lost, 0.5), (&plain, 0.5)]).unwrap_err().contains("others do not"));
     assert!(combined(&[(&plain, 0.5), (&lost, 0.5)]).unwrap_err().contains("others do not"));
     assert!(combined(&[(&lost, 1.0), (&lost, 1.0)]).unwrap_err().contains("add up to 1, found 2"));
+    let linear =
+        Adapter::combine(&[(&lost, 0.7), (&lost, 0.3)], Combination::Linear).unwrap_err().to_string();
+    assert!(linear.contains("take the method cat"), "{linear}");
     assert_eq!(
         combined(&[(&lost, 0.7), (&lost, 0.3)]).unwrap().config.loftq_config,
         lost.config.loftq_config

@@ -1,4 +1,4 @@
-//! Adapters that start from singular values of the base's weights.
+//! Adapters that start from singular values of the base's weights, or stand beside such.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use pronk_lora::{Adapter, LoftQConfig, LoraConfig, LoraError, ModuleShape, Sought};
@@ -10,14 +10,14 @@ use crate::{Base, Decoder, DecoderConfig, ModelError, Scheme};
 /// Of about how many records QERA looks at what layers read, and how many tokens of each at most.
 pub const CALIBRATION: [usize; 2] = [128, 256];
 
-/// The weights that a fresh adapter may start from.
+/// The weights that a fresh adapter may start from, or restore.
 #[derive(Debug, Clone, Copy)]
 pub struct StartWeights<'a> {
     /// The base that is trained on.
     pub base: &'a Base,
     /// The same before it was quantized, where it was.
     pub original: Option<&'a Base>,
-    /// Token ids of records that show what its layers read. Only QERA looks at them.
+    /// Token ids of records that show what its layers read, for `QERA`.
     pub records: &'a [Vec<u32>],
 }
 
@@ -145,16 +145,28 @@ fn weight(base: &Base, module: &ModuleShape, device: &Device) -> Result<Tensor<2
 
 /// What the recipe says of the quantized base, or what it is.
 fn loftq_config(config: &LoraConfig, base: &Base) -> Result<LoftQConfig, LoraError> {
-    let quantization = base.quantization().unwrap_or_default();
-    let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.to_string() == quantization);
-    let loftq_bits = scheme.map_or(0, Scheme::bits);
+    let found = base.as_loftq_config();
     match &config.loftq_config {
-        Some(asked) if asked.loftq_bits != loftq_bits => Err(LoraError::Config {
+        Some(asked) if asked.loftq_bits != found.loftq_bits => Err(LoraError::Config {
             knob: "loftq_config.loftq_bits",
-            expected: format!("{loftq_bits}, as the base is quantized to {quantization}"),
+            expected: format!(
+                "{}, as the base is quantized to {}",
+                found.loftq_bits,
+                base.quantization().unwrap_or_default()
+            ),
             found: asked.loftq_bits.to_string(),
         }),
-        Some(asked) => Ok(LoftQConfig { skip_modules: base.skip_modules().to_vec(), ..asked.clone() }),
-        None => Ok(LoftQConfig { loftq_bits, loftq_iter: 1, skip_modules: base.skip_modules().to_vec() }),
+        Some(asked) => Ok(LoftQConfig { skip_modules: found.skip_modules, ..asked.clone() }),
+        None => Ok(found),
+    }
+}
+
+impl Base {
+    /// How an adapter says that it belongs to this base, quantized as it is; of no bits where it is not.
+    pub fn as_loftq_config(&self) -> LoftQConfig {
+        let quantization = self.quantization().unwrap_or_default();
+        let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.to_string() == quantization);
+        let loftq_bits = scheme.map_or(0, Scheme::bits);
+        LoftQConfig { loftq_bits, loftq_iter: 1, skip_modules: self.skip_modules().to_vec() }
     }
 }

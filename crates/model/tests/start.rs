@@ -90,7 +90,8 @@ fn a_principal_start_is_the_base_and_its_standalone_form_is_the_update() {
                 adapter.save(dir.path(), "base", false).unwrap();
                 let modules = base.config.adapter_modules();
                 let again = Adapter::load(dir.path(), &modules, &device).unwrap();
-                let again = again.with_fixed(&adapter.fixed_ranks(), adapter.config.clone()).unwrap();
+                let again =
+                    again.with_fixed(&adapter.fixed_ranks(), adapter.config.clone(), &modules).unwrap();
                 assert_eq!(logits(&decoder, Some(&again)), trained, "to the bit");
             }
         }
@@ -227,7 +228,20 @@ fn what_a_base_has_lost_is_fixed_beside_a_fresh_adapter() {
         let loaded = Adapter::load(dir.path(), &modules, &device).unwrap();
         let trained = logits(&decoder, Some(&all));
         assert_close("in one", &logits(&decoder, Some(&loaded)), &trained, 1e-4);
-        let again = loaded.with_fixed(&all.fixed_ranks(), all.config.clone()).unwrap();
+        for (ranks, config) in [
+            (BTreeMap::new(), all.config.clone()),
+            (all.fixed_ranks(), LoraConfig { rank: 5, ..all.config.clone() }),
+            (all.fixed_ranks(), LoraConfig { alpha: 6.0, ..all.config.clone() }),
+            (all.fixed_ranks(), LoraConfig { use_dora: true, restore_rank: 0, ..all.config.clone() }),
+        ] {
+            let error = loaded.clone().with_fixed(&ranks, config, &modules).unwrap_err().to_string();
+            assert!(error.contains("expected rank"), "{error}");
+        }
+        let fewer = TargetModules::Names(vec!["qkv_proj".into()]);
+        let fewer = LoraConfig { target_modules: fewer, ..all.config.clone() };
+        let error = loaded.clone().with_fixed(&all.fixed_ranks(), fewer, &modules).unwrap_err().to_string();
+        assert!(error.contains("on other modules"), "{error}");
+        let again = loaded.with_fixed(&all.fixed_ranks(), all.config.clone(), &modules).unwrap();
         assert_eq!(logits(&decoder, Some(&again)), trained, "to the bit");
     }
 }

@@ -82,7 +82,9 @@ impl Checkpoint {
     ) -> Result<Self, TrainError> {
         let state = read_state(dir)?;
         let adapter = Adapter::load(dir, modules, device)?;
-        let adapter = adapter.with_fixed(&state.fixed_ranks, state.lora.clone())?;
+        let adapter = adapter
+            .with_fixed(&state.fixed_ranks, state.lora.clone(), modules)
+            .map_err(|e| TrainError::Checkpoint { path: dir.join(STATE), problem: e.to_string() })?;
         let mut optimizer = Optimizer::new(config, &adapter);
         states_from_file(&mut optimizer, &dir.join(STATES), device)?;
         Ok(Self { state, adapter, optimizer })

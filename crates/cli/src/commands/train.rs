@@ -45,6 +45,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     };
     let mut trainer = loaded.trainer(folder.clone(), start)?;
     let mut progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
+    write_recipe(&loaded.recipe, &folder)?;
     begin_session(&folder, &loaded, Session::new(trainer.step_number(), &args.device.device, accepted))?;
     let mut unused = unused.map(Unused::keep);
     let ending = trainer.run(&mut progress, &loaded.stop).into_diagnostic();

@@ -178,6 +178,8 @@ impl Trainer<'_> {
     }
 
     fn adapter_folder(&self, eval_loss: Option<f64>) -> Result<AdapterFolder, TrainError> {
+        let dir = self.folder.adapter();
+        self.adapter.must_have_learned(&dir)?;
         // What others load has to sit on layers that they know.
         let adapter = self.adapter.onto_packed(&self.decoder.config.adapter_modules());
         let eval = self.state.eval_before.zip(eval_loss);
@@ -187,7 +189,7 @@ impl Trainer<'_> {
         if !self.tokenizer.added_tokens().is_empty() {
             beside.extend(self.tokenizer.files()?);
         }
-        Ok(AdapterFolder { adapter: adapter.files(&self.folder.adapter(), &self.card.base, false)?, beside })
+        Ok(AdapterFolder { adapter: adapter.files(&dir, &self.card.base, true)?, beside })
     }
 
     fn save_of(&self, adapter: Option<AdapterFolder>, checkpoint: bool) -> Result<Save, TrainError> {
