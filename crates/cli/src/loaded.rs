@@ -21,7 +21,7 @@ use crate::progress;
 use crate::recipe::{Quantize, Recipe};
 use crate::run_lock::{LockedFile, RunLock};
 use crate::sizes::{self, Settled, settle};
-use crate::terminal::{print, say, stop_on_signal};
+use crate::terminal::{print, stop_on_signal, warn};
 
 const SAMPLE_TOKENS: usize = 96;
 /// The run's prepared rows, in its folder.
@@ -104,7 +104,7 @@ impl LoadedRun {
             Checkpoint::load_newest(folder, &modules, &recipe.train, device, warn).into_diagnostic()?;
         let Some(mut checkpoint) = newest else { return Ok(None) };
         let found = self.opened.base.as_loftq_config();
-        if let Some(of) = &checkpoint.state.lora.loftq_config
+        if let Some(of) = &checkpoint.adapter.config.loftq_config
             && (of.loftq_bits, &of.skip_modules) != (found.loftq_bits, &found.skip_modules)
         {
             return Err(miette!(
@@ -115,9 +115,7 @@ impl LoadedRun {
             ));
         }
         // What is adapted is the checkpoint's; how it is trained on is the recipe's.
-        for lora in [&mut checkpoint.adapter.config, &mut checkpoint.state.lora] {
-            lora.dropout = recipe.lora.config.dropout;
-        }
+        checkpoint.adapter.config.dropout = recipe.lora.config.dropout;
         Ok(Some(checkpoint))
     }
 
@@ -274,10 +272,6 @@ fn adapter_to_start_from(
     // What is adapted is the adapter's; how it is trained on is the recipe's.
     adapter.config.dropout = wanted.dropout;
     Ok(adapter)
-}
-
-fn warn(message: &str) {
-    say(&format!("warning: {message}"));
 }
 
 /// Beginnings of records from all over the rows.

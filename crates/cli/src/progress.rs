@@ -6,7 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use pronk_train::{Observer, StepRecord};
 
-use crate::terminal::say;
+use crate::terminal::{say, warn};
 
 /// A bar over `total` of something; invisible where standard error is no terminal.
 pub fn bar(what: &'static str, total: usize) -> ProgressBar {
@@ -67,6 +67,6 @@ impl Observer for TrainingProgress {
 
     fn warn(&mut self, message: &str) {
         // It stays, above a bar that goes on below it.
-        self.bar.suspend(|| say(&format!("warning: {message}")));
+        self.bar.suspend(|| warn(message));
     }
 }

@@ -42,6 +42,11 @@ pub fn say(line: &str) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
+/// The same for what is not as it should be, where the command goes on.
+pub fn warn(message: &str) {
+    say(&format!("warning: {message}"));
+}
+
 /// Whether standard output shows colours.
 pub fn stdout_has_colour() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()

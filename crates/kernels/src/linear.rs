@@ -139,6 +139,21 @@ impl FrozenLinear {
         alone.collect()
     }
 
+    /// `onto` with [`Self::product`] added to it, and what an adapter adds.
+    ///
+    /// # Shapes
+    /// - x: `[tokens, in]`
+    /// - onto and result: `[tokens, out]`
+    pub fn product_onto(
+        &self,
+        onto: &Tensor<2>,
+        x: &Tensor<2>,
+        update: Option<Update<Tensor<2>>>,
+    ) -> Tensor<2> {
+        let sum = Self::products(vec![(self, update)], x, Some(onto)).pop();
+        sum.unwrap_or_else(|| unreachable!("a product of the layer"))
+    }
+
     /// `down(activation(gate(x)) * up(x))`, added to `onto` if that is there, in one operation of layers without a bias whose
     /// products are in bf16, where there is such an operation. It keeps what is gated in bf16 too. Where it is not to be
     /// `read`, gradients go back through it as they should, its numbers may be any.

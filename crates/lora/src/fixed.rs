@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor};
 use half::bf16;
 use pronk_kernels::{Format, FrozenLinear, FrozenMatrix, Precision};
 
+use crate::tensors::numbers;
 use crate::{
     ADAPTER_CONFIG, Adapter, InitLoraWeights, LoraConfig, LoraError, LoraPair, LowRankFactors, ModuleShape,
     low_rank_factors, low_rank_factors_over,
@@ -49,15 +50,12 @@ impl FixedFactors {
     /// - y and result: `[tokens, out]`
     pub(crate) fn add(&self, y: &Tensor<2>, x: Tensor<2>, scale: f64) -> Tensor<2> {
         let [a, b] = &self.layers;
-        let sum = FrozenLinear::products(vec![(b, None)], &(a.product(x) * scale), Some(y)).pop();
-        sum.unwrap_or_else(|| unreachable!("a product of the layer"))
+        b.product_onto(y, &(a.product(x) * scale), None)
     }
 }
 
 fn frozen(factor: &Tensor<2>, rounded: bool, name: &str) -> Result<FrozenLinear, LoraError> {
-    let malformed = |problem: String| LoraError::Malformed { path: name.into(), problem };
-    let numbers: Vec<f32> =
-        factor.try_to_vec_as().map_err(|e| malformed(format!("cannot be read from the device ({e})")))?;
+    let numbers = numbers(name, factor)?;
     let short: Vec<bf16> = numbers.iter().map(|&x| bf16::from_f32(x)).collect();
     let (format, precision, bytes) =
         if rounded || short.iter().zip(&numbers).all(|(s, x)| s.to_f32().to_bits() == x.to_bits()) {
@@ -66,7 +64,7 @@ fn frozen(factor: &Tensor<2>, rounded: bool, name: &str) -> Result<FrozenLinear,
             (Format::F32, Precision::F32, numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
         };
     let matrix = FrozenMatrix::dense(format, factor.dims(), bytes.into());
-    let matrix = matrix.map_err(|e| malformed(e.to_string()))?;
+    let matrix = matrix.map_err(|e| LoraError::Malformed { path: name.into(), problem: e.to_string() })?;
     Ok(FrozenLinear::on_host(Arc::new(matrix), precision, None).on_device(&factor.device()))
 }
 
@@ -86,12 +84,14 @@ pub struct Sought<'a> {
 }
 
 impl Sought<'_> {
-    fn factors(&self, rank: usize) -> LowRankFactors {
+    /// A and B for an update with `scale` in front, of `rank` at most.
+    fn factors(&self, rank: usize, scale: f64) -> [Tensor<2>; 2] {
         let Self { matrix, inputs, turns, seed, name } = *self;
-        match inputs {
+        let LowRankFactors { a, b, .. } = match inputs {
             Some(inputs) => low_rank_factors_over(matrix, inputs, rank, turns, seed, name),
             None => low_rank_factors(matrix, rank, turns, seed, name),
-        }
+        };
+        [a, b].map(|factor| factor * (1.0 / scale.sqrt()))
     }
 }
 
@@ -99,10 +99,8 @@ impl LoraPair {
     /// Makes `scale * B A` the best approximation of what is sought that its rank allows. Where that has no such rank,
     /// the rest is zero.
     pub fn approximate(&mut self, sought: Sought) {
-        let factors = sought.factors(self.rank());
-        let (share, found) = (1.0 / self.scale.sqrt(), factors.a.dims()[0]);
-        let ([rank, columns], rows) = (self.a.dims(), self.b.dims()[0]);
-        let (a, b) = (factors.a * share, factors.b * share);
+        let [a, b] = sought.factors(self.rank(), self.scale);
+        let (found, [rank, columns], rows) = (a.dims()[0], self.a.dims(), self.b.dims()[0]);
         self.a = self.a.zeros_like().slice_assign([0..found, 0..columns], a);
         self.b = Tensor::zeros([rows, rank], &b.device()).slice_assign([0..rows, 0..found], b);
     }
@@ -110,9 +108,7 @@ impl LoraPair {
     /// Leaves the pair as it is, and fixes beside it the best approximation of what is sought, of `rank` at most, with
     /// numbers that are rounded to `precision`.
     pub fn fix_beside(&mut self, sought: Sought, rank: usize, precision: Precision) -> Result<(), LoraError> {
-        let factors = sought.factors(rank);
-        let share = 1.0 / self.scale.sqrt();
-        let (a, b) = (factors.a * share, factors.b * share);
+        let [a, b] = sought.factors(rank, self.scale);
         self.fixed = Some(FixedFactors::new([&a, &b], precision == Precision::Bf16, sought.name)?);
         Ok(())
     }

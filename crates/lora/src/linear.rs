@@ -139,9 +139,7 @@ impl LoraLinear {
         if self.pair(mode).is_some_and(|pair| pair.magnitude.is_some()) {
             return residual(stream, self.forward(x, mode));
         }
-        let layer = vec![(&self.base, self.update(mode))];
-        let mut sum = FrozenLinear::products(layer, x, Some(&stream));
-        let sum = sum.pop().unwrap_or_else(|| unreachable!("a product of the layer"));
+        let sum = self.base.product_onto(&stream, x, self.update(mode));
         self.finished(sum, x, mode)
     }
 

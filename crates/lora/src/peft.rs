@@ -18,6 +18,7 @@ use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+use crate::tensors::numbers;
 use crate::{
     Adapter, EMBED_TOKENS, LM_HEAD, LoraConfig, LoraError, LoraPair, ModuleShape, TargetModules, TensorKind,
     TensorName,
@@ -32,16 +33,6 @@ const PREFIX: &str = "base_model.model.";
 
 /// A tensor on the host: what it is, its shape, its numbers.
 type HostTensor = (TensorName, [usize; 2], Vec<f32>);
-
-fn host(name: TensorName, tensor: &Tensor<2>) -> Result<HostTensor, LoraError> {
-    match tensor.try_to_vec_as::<f32>() {
-        Ok(values) => Ok((name, tensor.dims(), values)),
-        Err(e) => Err(LoraError::Malformed {
-            path: name.to_string().into(),
-            problem: format!("cannot be read from the device ({e})"),
-        }),
-    }
-}
 
 /// A tensor's key in the file. PEFT keeps the base's own layer, and its bias, within an adapted one.
 fn key(name: &TensorName, is_adapted: bool) -> String {
@@ -129,7 +120,7 @@ impl Adapter {
     /// Refuses an adapter whose B, as far as it is trained, is all zero. `dir` is where it was to be saved.
     pub fn must_have_learned(&self, dir: &Path) -> Result<(), LoraError> {
         for (module, pair) in &self.pairs {
-            let (_, _, b) = host(TensorName::new(module, TensorKind::B), &pair.b)?;
+            let b = numbers(TensorName::new(module, TensorKind::B), &pair.b)?;
             if b.iter().any(|&x| x != 0.0) {
                 return Ok(());
             }
@@ -201,7 +192,11 @@ impl Adapter {
     fn host_tensors(&self) -> Result<Vec<HostTensor>, LoraError> {
         let twin = self.head().filter(|_| self.config.ensure_weight_tying);
         let twin = twin.map(|weight| (TensorName::new(LM_HEAD, TensorKind::Weight), weight));
-        self.tensors().chain(twin).map(|(name, tensor)| host(name, tensor)).collect()
+        let host = |(name, tensor): (TensorName, &Tensor<2>)| {
+            let values = numbers(&name, tensor)?;
+            Ok((name, tensor.dims(), values))
+        };
+        self.tensors().chain(twin).map(host).collect()
     }
 
     fn target_names(&self) -> TargetModules {

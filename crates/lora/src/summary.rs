@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 
+use crate::tensors::numbers;
 use crate::{Adapter, LoraError};
 
 /// One adapted module.
@@ -46,9 +47,5 @@ impl Adapter {
 }
 
 fn number(name: &str, tensor: &Tensor<1>) -> Result<f64, LoraError> {
-    let value = tensor.try_to_vec_as::<f32>().map_err(|e| LoraError::Malformed {
-        path: name.into(),
-        problem: format!("cannot be read from the device ({e})"),
-    })?;
-    Ok(value.first().copied().map_or(f64::NAN, f64::from))
+    Ok(numbers(name, tensor)?.first().copied().map_or(f64::NAN, f64::from))
 }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use burn::tensor::Tensor;
 
-use crate::{Adapter, LoraPair};
+use crate::{Adapter, LoraError, LoraPair};
 
 /// Which of an adapted module's tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,6 +74,17 @@ impl fmt::Display for TensorName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.module, self.kind)
     }
+}
+
+/// The numbers of a tensor, which is called `name` where its device has failed.
+pub(crate) fn numbers<const D: usize>(
+    name: impl fmt::Display,
+    tensor: &Tensor<D>,
+) -> Result<Vec<f32>, LoraError> {
+    tensor.try_to_vec_as().map_err(|e| LoraError::Malformed {
+        path: name.to_string().into(),
+        problem: format!("cannot be read from the device ({e})"),
+    })
 }
 
 impl LoraPair {

@@ -186,7 +186,7 @@ fn qera_starts_from_what_the_outputs_of_quantized_layers_miss_most() {
     }
 }
 
-/// What is fixed is what QERA would start from, behind dropout or not; the adapter beside it is as fresh as over any base.
+/// What is fixed is what QERA would start from; the adapter beside it is as fresh as over any base.
 #[test]
 fn what_a_base_has_lost_is_fixed_beside_a_fresh_adapter() {
     let cache = TempDir::new().unwrap();

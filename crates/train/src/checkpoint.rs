@@ -37,15 +37,11 @@ pub struct TrainerState {
     pub data_key: String,
     /// What the sample prompts were answered so far.
     pub samples: Vec<SampleRound>,
-    /// Ranks of what lies behind the modules' factors in the adapter's file, and is not trained.
-    pub fixed_ranks: BTreeMap<String, usize>,
-    /// How the adapter was made.
-    pub lora: LoraConfig,
 }
 
 impl TrainerState {
-    /// Before the first step of a run on the rows called `data_key` that starts from `adapter`.
-    pub fn new(data_key: String, adapter: &Adapter) -> Self {
+    /// Before the first step of a run on the rows called `data_key`.
+    pub fn new(data_key: String) -> Self {
         Self {
             step: 0,
             best: None,
@@ -55,10 +51,19 @@ impl TrainerState {
             skipped_in_a_row: 0,
             data_key,
             samples: Vec::new(),
-            fixed_ranks: adapter.fixed_ranks(),
-            lora: adapter.config.clone(),
         }
     }
+}
+
+/// What a file tells of a run, and of the adapter beside it, which its own files tell in words of PEFT's.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    #[serde(flatten)]
+    state: TrainerState,
+    /// Ranks of what lies behind the modules' factors in the adapter's file, and is not trained.
+    fixed_ranks: BTreeMap<String, usize>,
+    /// How the adapter was made.
+    lora: LoraConfig,
 }
 
 /// A state that was read back.
@@ -80,10 +85,10 @@ impl Checkpoint {
         config: &TrainConfig,
         device: &Device,
     ) -> Result<Self, TrainError> {
-        let state = read_state(dir)?;
+        let Told { state, fixed_ranks, lora } = read_state(dir)?;
         let adapter = Adapter::load(dir, modules, device)?;
         let adapter = adapter
-            .with_fixed(&state.fixed_ranks, state.lora.clone(), modules)
+            .with_fixed(&fixed_ranks, lora, modules)
             .map_err(|e| TrainError::Checkpoint { path: dir.join(STATE), problem: e.to_string() })?;
         let mut optimizer = Optimizer::new(config, &adapter);
         states_from_file(&mut optimizer, &dir.join(STATES), device)?;
@@ -116,7 +121,7 @@ impl Checkpoint {
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     dest: PathBuf,
-    state: TrainerState,
+    told: Told,
     adapter: AdapterFiles,
     optimizer: Vec<u8>,
 }
@@ -131,8 +136,10 @@ impl Snapshot {
         base: &str,
     ) -> Result<Self, TrainError> {
         let dest = folder.checkpoints().join(name(state.step));
+        let (fixed_ranks, lora) = (adapter.fixed_ranks(), adapter.config.clone());
+        let told = Told { state: state.clone(), fixed_ranks, lora };
         let (adapter, optimizer) = (adapter.files(&dest, base, true)?, states_to_bytes(optimizer, &dest)?);
-        Ok(Self { dest, state: state.clone(), adapter, optimizer })
+        Ok(Self { dest, told, adapter, optimizer })
     }
 
     /// Writes the checkpoint as a whole, and removes those that `config` does not keep.
@@ -140,12 +147,12 @@ impl Snapshot {
         publish(&self.dest, |dir| {
             self.adapter.write(dir)?;
             RunFolder::write(&dir.join(STATES), &self.optimizer)?;
-            let text = serde_json::to_vec_pretty(&self.state)
+            let text = serde_json::to_vec_pretty(&self.told)
                 .map_err(|e| TrainError::Io { path: dir.join(STATE), source: e.into() })?;
             RunFolder::write(&dir.join(STATE), &text)
         })?;
         let all = list(folder);
-        let kept = kept(&all, self.state.step, config, |path| read_state(path).ok()?.eval_loss);
+        let kept = kept(&all, self.told.state.step, config, |path| read_state(path).ok()?.state.eval_loss);
         all.iter().filter(|(step, _)| !kept.contains(step)).try_for_each(|(_, path)| withdraw(path))
     }
 }
@@ -174,7 +181,7 @@ pub fn newest(folder: &RunFolder) -> Option<PathBuf> {
     list(folder).into_values().rev().find(|path| differences(path).is_empty())
 }
 
-fn read_state(checkpoint: &Path) -> Result<TrainerState, TrainError> {
+fn read_state(checkpoint: &Path) -> Result<Told, TrainError> {
     let path = checkpoint.join(STATE);
     let text = fs::read(&path).map_err(TrainError::io(&path))?;
     serde_json::from_slice(&text).map_err(|e| TrainError::Checkpoint { path, problem: e.to_string() })

@@ -96,7 +96,7 @@ impl<'a> Trainer<'a> {
         }
         let plan = Plan::new(&config, order, data.mixture.clone());
         let optimizer = Optimizer::new(&config, &adapter);
-        let state = TrainerState::new(data.key.clone(), &adapter);
+        let state = TrainerState::new(data.key.clone());
         let shapes = Shapes::new(&decoder.config.tuned_by(&adapter), weights, &adapter.config)?;
         let memory = MemoryPlan::new(&config, shapes);
         let run = Self {
