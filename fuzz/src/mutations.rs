@@ -94,6 +94,12 @@ fn change(input: &mut Vec<u8>, other: &[u8], rng: &mut impl Rng) {
     }
 }
 
+/// Changes of what is refused in its first lines would reach nothing behind them.
+#[test]
+fn the_committed_checkpoints_are_whole() {
+    assert!(inputs("checkpoint").iter().all(|input| crate::weights::is_whole_checkpoint(input)));
+}
+
 /// A test for every target, named as it is.
 macro_rules! targets_withstand_changes {
     ($($target:ident),*) => {

@@ -94,6 +94,11 @@ pub fn adapter(bytes: &[u8]) {
 
 /// One of a run's, whatever its manifest says of it.
 pub fn checkpoint(bytes: &[u8]) {
+    is_whole_checkpoint(bytes);
+}
+
+/// Whether an optimizer goes on from it.
+pub fn is_whole_checkpoint(bytes: &[u8]) -> bool {
     let names = [
         pronk_lora::ADAPTER_CONFIG,
         pronk_lora::ADAPTER_WEIGHTS,
@@ -103,8 +108,9 @@ pub fn checkpoint(bytes: &[u8]) {
     ];
     let folder = Folder::of(bytes, &names);
     let _ = pronk_train::verify(folder.path());
-    for optimizer in [OptimizerKind::AdamW, OptimizerKind::AdamW8bit] {
+    let read = [OptimizerKind::AdamW, OptimizerKind::AdamW8bit].map(|optimizer| {
         let config = TrainConfig { optimizer, ..TrainConfig::default() };
-        let _ = Checkpoint::load(folder.path(), &TINY.adapter_modules(), &config, &CPU);
-    }
+        Checkpoint::load(folder.path(), &TINY.adapter_modules(), &config, &CPU)
+    });
+    read.iter().any(Result::is_ok)
 }
