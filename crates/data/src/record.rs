@@ -5,6 +5,7 @@ mod container;
 mod csv;
 mod format;
 mod json;
+mod pages;
 mod question;
 mod reader;
 

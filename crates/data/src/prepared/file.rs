@@ -198,7 +198,7 @@ fn read_ours(path: &Path) -> Result<(String, Vec<u8>), DataError> {
         return Err(wrong("not a prepared dataset: shorter than 8 bytes"));
     };
     if size > MAX_HEADER {
-        return Err(wrong(&format!("not a prepared dataset: its header claims {size} bytes")));
+        return Err(wrong("not a prepared dataset: it does not begin with the length of a header"));
     }
     // `take` bounds the read by what the file really holds, whatever the header claims.
     Read::by_ref(&mut file).take(size).read_to_end(&mut bytes).map_err(io)?;

@@ -1,19 +1,12 @@
 //! Tables of columns: Parquet, and Arrow's IPC files and streams. A batch of rows is in memory at a time.
 
 use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use ::parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, RowGroups,
-};
+use ::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader};
 use ::parquet::arrow::{ProjectionMask, parquet_to_arrow_field_levels};
-use ::parquet::column::page::{Page, PageIterator, PageMetadata, PageReader};
-use ::parquet::errors::ParquetError;
-use ::parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
-use ::parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use arrow_array::{Array, RecordBatch};
 use arrow_buffer::Buffer;
 use arrow_cast::cast;
@@ -21,10 +14,10 @@ use arrow_ipc::reader::StreamDecoder;
 use arrow_json::WriterBuilder;
 use arrow_json::writer::LineDelimited;
 use arrow_schema::{ArrowError, DataType, Schema};
-use bytes::Bytes as Piece;
 use serde_json::Value;
 
-use super::container::{Bytes, Counted, Raw};
+use super::container::{Bytes, Raw};
+use super::pages::Pages;
 use super::{Columns, RecordFormat};
 use crate::error::DataError;
 use crate::guarded::guarded;
@@ -59,23 +52,20 @@ impl Table {
     /// A Parquet file; `read` is told how many of its bytes have been read.
     pub(super) fn parquet(path: &Path, columns: &Columns, read: &Arc<AtomicU64>) -> Result<Self, DataError> {
         let file = File::open(path).map_err(DataError::io(path, "read the data file"))?;
-        let file = Whole { file, read: Arc::clone(read) };
         let open = || -> Result<_, ArrowError> {
-            let pages: Arc<dyn FileReader> = Arc::new(SerializedFileReader::new(file)?);
-            let footer = Arc::new(FileReader::metadata(&*pages).clone());
-            let metadata = ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::default())?;
+            let pages = Pages::open(file, Arc::clone(read))?;
+            let metadata = ArrowReaderMetadata::try_new(pages.footer(), ArrowReaderOptions::default())?;
             let (schema, all) = (Arc::clone(metadata.schema()), ProjectionMask::all());
             let levels =
                 parquet_to_arrow_field_levels(metadata.parquet_schema(), all, Some(schema.fields()))?;
-            let pages =
-                ParquetRecordBatchReader::try_new_with_row_groups(&levels, &Sound(pages), ROWS, None)?;
-            Ok((schema, pages))
+            let batches = ParquetRecordBatchReader::try_new_with_row_groups(&levels, &pages, ROWS, None)?;
+            Ok((schema, batches))
         };
-        let (schema, reader) = guarded(open)
+        let (schema, batches) = guarded(open)
             .and_then(|opened| opened.map_err(|error| told(&error)))
             .map_err(|why| broken(path, "Parquet", 0, why))?;
         known(path, &schema, columns)?;
-        Ok(Self::new(path, "Parquet", Box::new(reader), None))
+        Ok(Self::new(path, "Parquet", Box::new(batches), None))
     }
 
     /// An Arrow file or stream.
@@ -228,110 +218,5 @@ impl Iterator for Stream {
                 Err(error) => return Some(Err(error)),
             }
         }
-    }
-}
-
-/// A file whose parts may be asked for in any order. A part that it does not have is refused before there is memory
-/// for it.
-struct Whole {
-    file: File,
-    read: Arc<AtomicU64>,
-}
-
-impl Whole {
-    fn from(&self, start: u64) -> io::Result<Counted> {
-        use io::Seek;
-        let mut file = self.file.try_clone()?;
-        file.seek(io::SeekFrom::Start(start))?;
-        Ok(Counted { file, read: Arc::clone(&self.read) })
-    }
-}
-
-impl Length for Whole {
-    fn len(&self) -> u64 {
-        self.file.metadata().map_or(0, |data| data.len())
-    }
-}
-
-impl ChunkReader for Whole {
-    type T = io::BufReader<Counted>;
-
-    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
-        Ok(io::BufReader::new(self.from(start)?))
-    }
-
-    fn get_bytes(&self, start: u64, length: usize) -> Result<Piece, ParquetError> {
-        let mut piece = Vec::new();
-        self.from(start)?.take(length as u64).read_to_end(&mut piece)?;
-        if piece.len() == length {
-            return Ok(piece.into());
-        }
-        Err(ParquetError::EOF(format!("{length} bytes expected from byte {start}, {} found", piece.len())))
-    }
-}
-
-/// The pages of a Parquet file. Its reader makes room for as many values as a dictionary says it has: one that has not as many
-/// bytes is refused before.
-struct Sound(Arc<dyn FileReader>);
-
-impl RowGroups for Sound {
-    fn num_rows(&self) -> usize {
-        self.0.num_rows()
-    }
-
-    fn column_chunks(&self, column: usize) -> Result<Box<dyn PageIterator>, ParquetError> {
-        Ok(Box::new(SoundChunks(self.0.column_chunks(column)?)))
-    }
-
-    fn row_groups(&self) -> Box<dyn Iterator<Item = &RowGroupMetaData> + '_> {
-        self.0.row_groups()
-    }
-
-    fn metadata(&self) -> &ParquetMetaData {
-        RowGroups::metadata(&self.0)
-    }
-}
-
-struct SoundChunks(Box<dyn PageIterator>);
-
-impl Iterator for SoundChunks {
-    type Item = Result<Box<dyn PageReader>, ParquetError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let pages = self.0.next()?;
-        Some(pages.map(|pages| -> Box<dyn PageReader> { Box::new(SoundPages(pages)) }))
-    }
-}
-
-impl PageIterator for SoundChunks {}
-
-struct SoundPages(Box<dyn PageReader>);
-
-impl Iterator for SoundPages {
-    type Item = Result<Page, ParquetError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.get_next_page().transpose()
-    }
-}
-
-impl PageReader for SoundPages {
-    fn get_next_page(&mut self) -> Result<Option<Page>, ParquetError> {
-        let page = self.0.get_next_page()?;
-        match &page {
-            Some(Page::DictionaryPage { buf, num_values, .. }) if *num_values as usize > buf.len() => {
-                let told = format!("a dictionary is to hold {num_values} values in {} bytes", buf.len());
-                Err(ParquetError::General(told))
-            }
-            _ => Ok(page),
-        }
-    }
-
-    fn peek_next_page(&mut self) -> Result<Option<PageMetadata>, ParquetError> {
-        self.0.peek_next_page()
-    }
-
-    fn skip_next_page(&mut self) -> Result<(), ParquetError> {
-        self.0.skip_next_page()
     }
 }

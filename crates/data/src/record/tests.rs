@@ -391,6 +391,41 @@ fn a_dictionary_that_claims_more_than_it_has_is_refused() {
     assert!(error.contains("a dictionary is to hold 904648623 values in "), "{error}");
 }
 
+/// A page's header is looked at before its reader makes room for what it says, and is nothing that both could read differently.
+#[test]
+fn a_page_that_claims_more_than_a_page_has_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let bytes = fs::read(table("alpaca-snappy.parquet")).unwrap();
+    // The first page stands behind the file's mark.
+    let error = |header: &[u8]| {
+        let mut bytes = bytes.clone();
+        bytes[4..4 + header.len()].copy_from_slice(header);
+        let path = dir.path().join("page.parquet");
+        fs::write(&path, bytes).unwrap();
+        read_file(&path, RecordFormat::Auto, &Columns::default()).unwrap_err().to_string()
+    };
+    // A dictionary (type 2) of 2^31 - 1 bytes, 8 of them in the file.
+    let large = error(b"\x15\x04\x15\xfe\xff\xff\xff\x0f\x15\x10\x4c\x15\x02\x15\x00\x12\x00\x00");
+    assert!(
+        large.contains("a page at byte 4 is to unpack to 2147483647 bytes, 134217728 at most"),
+        "{large}"
+    );
+    assert!(large.contains("at most are read (pages can be written smaller)"), "{large}");
+    for (header, why) in [
+        (b"\x15\x04\x15\xfe\xff\xff\xff\x1f\x15\x10\0\0".as_slice(), "a number is too large"),
+        (b"\x15\x04\x15\x80\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01", "a number is too long"),
+        (b"\x15\x04\x15\x10\x15\x10\x05\x04\xfe\xff\xff\xff\x0f\0", "its fields are out of order"),
+        (b"\x15\x04\x18\x02\x15\x10\x15\x10\0", "a field is not what it should be"),
+        (b"\x15\x04\x15\x10\x15\x10\x4c\x18\x02\x15\x10\0\0", "a field is not what it should be"),
+        (b"\x15\x04\x25\x10\0", "it has no size"),
+        (b"\x15\x04\x15\x10\x15\x10\x6c\x1c\x1c\x1c\x1c\0\0\0\0\0", "it lies too deep"),
+        (b"\x15\x04\x15\x10\x15\x10\x68\xff\xff\xff\xff\x0f", "unexpected end of file"),
+    ] {
+        let error = error(header);
+        assert!(error.contains(&format!("the header of a page at byte 4: {why}")), "{why}: {error}");
+    }
+}
+
 /// Cut anywhere, or with a byte changed anywhere, a table is read or refused, and never read in part.
 #[test]
 fn damaged_tables_are_refused() {
