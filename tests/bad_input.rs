@@ -522,15 +522,48 @@ fn an_output_below_a_file() {
     all_refuse(&shop, &[prep_args("data.json", &base, "/dev/null")], &["/dev/null", "found a device"]);
 }
 
-/// The three commands that write, into `folder`.
-fn writers(folder: &str) -> [Vec<String>; 3] {
+/// A workshop with a merged model in it, to take an adapter out of.
+fn with_tuned() -> Workshop {
+    let shop = Workshop::new();
     let base = golden("tiny-gqa");
-    [
-        prep_args("data.json", &base, &format!("{folder}/out")),
-        // Nobody makes room here.
-        train_args(&format!("{folder}/run"), "cpu", &["train.save_patience=0"]),
-        merge_args(&base, &golden("adapter-gqa"), &format!("{folder}/merged")),
-    ]
+    shop.pronk(merge_args(&base, &golden("adapter-gqa"), "tuned")).succeeds();
+    shop
+}
+
+/// What trains into `folder`; nobody makes room here.
+fn trainer(folder: &str) -> Vec<String> {
+    train_args(&format!("{folder}/run"), "cpu", &["train.save_patience=0"])
+}
+
+/// The other commands that write into `folder`: each a file, or a folder, that is whole or not there.
+fn writers(folder: &str) -> Vec<Vec<String>> {
+    let (base, adapter) = (golden("tiny-gqa"), golden("adapter-gqa"));
+    let owned = |args: &[&str]| args.iter().map(|&arg| arg.to_owned()).collect::<Vec<String>>();
+    let out = format!("{folder}/out");
+    let merge = merge_args(&base, &adapter, &out);
+    let gguf = [&merge[..], &owned(&["--format", "gguf"])].concat();
+    let both = ["adapter", "combine", "--adapter", &adapter, "--weight", "1", "--adapter", &adapter];
+    let tuned = ["adapter", "extract", "--base", &base, "--tuned", "tuned", "--rank", "2"];
+    let logits = ["inspect", "logits", "--base", &base, "--text", "It is green."];
+    let mut writers = vec![prep_args("data.json", &base, &out), merge, gguf];
+    for runtime in ["peft", "gguf", "mlx"] {
+        writers.push(owned(&[
+            "export",
+            "--base",
+            &base,
+            "--adapter",
+            &adapter,
+            "--to",
+            runtime,
+            "--out",
+            &out,
+        ]));
+    }
+    writers.push([owned(&both), owned(&["--weight", "1", "--out", &out])].concat());
+    for other in [&tuned[..], &logits[..]] {
+        writers.push([owned(other), owned(&["--out", &out])].concat());
+    }
+    writers
 }
 
 #[cfg(unix)]
@@ -538,7 +571,7 @@ fn writers(folder: &str) -> [Vec<String>; 3] {
 fn a_read_only_output_folder() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-    let shop = Workshop::new();
+    let shop = with_tuned();
     let folder = shop.path("locked");
     fs::create_dir(&folder).unwrap();
     fs::set_permissions(&folder, fs::Permissions::from_mode(0o555)).unwrap();
@@ -550,7 +583,7 @@ fn a_read_only_output_folder() {
         return;
     }
     let before = shop.snapshot();
-    for args in writers("locked") {
+    for args in writers("locked").into_iter().chain([trainer("locked")]) {
         let program = env!("CARGO_BIN_EXE_pronk");
         let mut command = Command::new(if is_root { "setpriv" } else { program });
         if is_root {
@@ -567,10 +600,10 @@ fn a_read_only_output_folder() {
 #[cfg(unix)]
 #[test]
 fn files_that_cannot_grow() {
-    let shop = Workshop::new();
+    let shop = with_tuned();
     fs::create_dir(shop.path("small")).unwrap();
     let before = shop.snapshot();
-    for args in writers("small") {
+    for args in writers("small").into_iter().chain([trainer("small")]) {
         let mut command = Command::new("sh");
         command.args(["-c", "trap '' XFSZ; ulimit -f 1; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_pronk")]);
         let run: Run = sandboxed(command, shop.root()).args(&args).output().unwrap().into();
@@ -609,16 +642,25 @@ fn on_a_small_disk(shop: &Workshop, size: &str, args: &[String]) -> Option<(Run,
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk() {
-    let shop = Workshop::new();
-    let [prep, train, merge] = writers("disk");
-    for args in [prep, merge] {
-        let Some((run, files)) = on_a_small_disk(&shop, "4k", &args) else {
-            eprintln!("not tested: no file system may be mounted here; see files_that_cannot_grow");
-            return;
-        };
-        run.fails(&["No space left on device"]);
-        assert!(files.is_empty(), "{args:?}: {files:?}");
+    let shop = with_tuned();
+    for args in writers("disk") {
+        // From one that holds nothing to one that holds it all, the first ones a page more at a time.
+        let mut refused = 0;
+        for pages in std::iter::successors(Some(1), |pages| Some(pages + 1 + pages / 8)) {
+            let Some((run, files)) = on_a_small_disk(&shop, &format!("{}k", 4 * pages), &args) else {
+                eprintln!("not tested: no file system may be mounted here; see files_that_cannot_grow");
+                return;
+            };
+            if run.code == Some(0) {
+                break;
+            }
+            refused += 1;
+            run.fails(&["No space left on device"]);
+            assert!(files.is_empty(), "{args:?}: {files:?}");
+        }
+        assert!(refused > 0, "{args:?}");
     }
+    let train = trainer("disk");
     // Wherever the disk is full, what a run leaves is whole: a checkpoint has all its files or is not there.
     for size in [
         "4k", "12k", "16k", "20k", "24k", "32k", "40k", "48k", "56k", "64k", "72k", "80k", "96k", "112k",

@@ -225,6 +225,36 @@ fn signals_save_first() {
     }
 }
 
+/// Half a model does not stay on the disk, in a folder that nobody sees.
+#[test]
+fn what_a_signal_ends_leaves_nothing() {
+    let shop = Workshop::new();
+    let before = shop.snapshot();
+    for signal in ["INT", "TERM", "HUP"] {
+        let mut child = sandboxed(Command::new(env!("CARGO_BIN_EXE_pronk")), shop.root())
+            .args(["synth", "--like", "llama-2-7b", "--out", "models/7b"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let waiting = Instant::now();
+        let entries =
+            |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        let has_weights =
+            |dir: PathBuf| entries(&dir).any(|file| file.extension() == Some("safetensors".as_ref()));
+        while !entries(&shop.path("models")).any(has_weights) {
+            assert!(waiting.elapsed() < Duration::from_mins(1), "no weights yet");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!shop.path("models/7b").exists());
+        let kill = Command::new("sh").args(["-c", &format!("kill -{signal} {}", child.id())]).status();
+        assert!(kill.unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{signal}");
+        assert!(!shop.path("models").exists(), "{signal}");
+        assert_eq!(shop.snapshot(), before, "{signal}");
+    }
+}
+
 /// What `nohup` starts does not end with its terminal.
 #[test]
 fn an_ignored_hangup_stays_ignored() {

@@ -15,7 +15,7 @@ use crate::gguf_keys::vocabulary;
 use crate::hub::Pinned;
 use crate::progress;
 use crate::recipe::Recipe;
-use crate::terminal::{print, say};
+use crate::terminal::{note, print};
 
 /// A base with its tokenizer, on the disk.
 pub struct OpenedBase {
@@ -31,8 +31,8 @@ pub struct OpenedBase {
 pub fn open(name: &str, folder: &Path) -> Result<OpenedBase> {
     let path = locate(name, folder)?;
     let base = Base::open(&path).into_diagnostic()?;
-    if let Some(note) = base.note() {
-        say(&format!("note: {note}"));
+    if let Some(message) = base.note() {
+        note(&message);
     }
     let tokenizer = match base.gguf() {
         Some(file) => TextTokenizer::from_gguf(&vocabulary(file)),
@@ -192,8 +192,8 @@ impl OpenedBase {
         let scheme = Scheme::ALL.into_iter().find(|scheme| scheme.bits() == of.loftq_bits);
         let (Some(scheme), None) = (scheme, self.base.quantization()) else { return Ok(self) };
         let quantization = Quantization { scheme, skip_modules: of.skip_modules };
-        say(&format!(
-            "note: {} belongs to {} quantized to {quantization}, which is taken",
+        note(&format!(
+            "{} belongs to {} quantized to {quantization}, which is taken",
             dir.display(),
             self.name
         ));

@@ -48,7 +48,7 @@ pub fn run(arguments: Arguments) -> Result<ExitCode> {
         },
         Command::Verify(args) => return verify::run(&args),
         Command::Push(args) => push::run(&args),
-        Command::Synth(args) => return synth::run(&args),
+        Command::Synth(args) => synth::run(&args),
         Command::Devices => {
             devices::run();
             Ok(())

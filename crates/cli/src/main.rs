@@ -2,6 +2,9 @@
 //!
 //! Exit codes: 0 for success, 1 for the user's mistake, 2 for ours.
 
+// A terminal that was closed ends those with a panic; `terminal` has others.
+#![warn(clippy::print_stderr, clippy::print_stdout)]
+
 mod args;
 mod base;
 mod cards;

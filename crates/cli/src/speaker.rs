@@ -10,6 +10,7 @@ use pronk_model::{Answer, Decoder, KeyValueCache, LoadConfig, Sampling, answer};
 
 use crate::args::Speaking;
 use crate::base::{self, OpenedBase};
+use crate::terminal::say;
 
 /// An adapter by its name, with the template that it was trained with; or the base alone.
 pub struct Voice {
@@ -127,7 +128,7 @@ impl Speaker {
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<(String, Answer)> {
         if self.voices.verbose {
-            eprintln!("prompt: {prompt:?}");
+            say(&format!("prompt: {prompt:?}"));
         }
         let tokenizer = &self.voices.opened.tokenizer;
         let (mut stream, mut text, mut failure) = (tokenizer.decode_stream(), String::new(), None);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use miette::{GraphicalTheme, IntoDiagnostic, MietteHandlerOpts, Report, Result, miette};
+use pronk_model::Staging;
 
 /// Errors as one message with its causes; colours only on a terminal, lines never wrapped, so
 /// that they can be searched.
@@ -42,6 +43,11 @@ pub fn say(line: &str) {
     let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
+/// The same for what may be of use.
+pub fn note(message: &str) {
+    say(&format!("note: {message}"));
+}
+
 /// The same for what is not as it should be, where the command goes on.
 pub fn warn(message: &str) {
     say(&format!("warning: {message}"));
@@ -52,32 +58,50 @@ pub fn stdout_has_colour() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
+/// Ends the process at the first Ctrl-C, or signal of those below, with all removed that was half-written.
+pub fn end_on_signal() -> Result<()> {
+    on_signal(|_| end())
+}
+
 /// Set by the first Ctrl-C, by SIGTERM, SIGHUP, and SIGUSR1, with which batch systems warn of the end, and answered
 /// with `what_happens` now. A second Ctrl-C ends the process at once.
-#[cfg(unix)]
 pub fn stop_on_signal(what_happens: &'static str) -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&stop);
+    let mut interrupted = false;
+    on_signal(move |is_ctrl_c| {
+        if is_ctrl_c && std::mem::replace(&mut interrupted, true) {
+            end();
+        }
+        if !set.swap(true, Ordering::Relaxed) {
+            let presses = if interrupted { "again" } else { "twice" };
+            say(&format!("\n{what_happens}; press Ctrl-C {presses} to stop at once"));
+        }
+    })?;
+    Ok(stop)
+}
+
+fn end() -> ! {
+    Staging::abandon_all();
+    std::process::exit(130)
+}
+
+/// Has `hear` called, on a thread of its own, for each signal that asks for the end, with whether it is Ctrl-C.
+#[cfg(unix)]
+fn on_signal(mut hear: impl FnMut(bool) + Send + 'static) -> Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
     use signal_hook::iterator::Signals;
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let set = Arc::clone(&stop);
     let heard = [SIGINT, SIGTERM, SIGHUP, SIGUSR1].into_iter().filter(|&signal| !is_ignored(signal));
     let mut signals = Signals::new(heard).into_diagnostic()?;
-    std::thread::spawn(move || {
-        let mut interrupted = false;
-        for signal in signals.forever() {
-            if signal == SIGINT && std::mem::replace(&mut interrupted, true) {
-                std::process::exit(130);
-            }
-            if !set.swap(true, Ordering::Relaxed) {
-                say(&format!(
-                    "\n{what_happens}; press Ctrl-C {} to stop at once",
-                    if interrupted { "again" } else { "twice" }
-                ));
-            }
-        }
-    });
-    Ok(stop)
+    std::thread::spawn(move || signals.forever().for_each(|signal| hear(signal == SIGINT)));
+    Ok(())
+}
+
+/// Has `hear` called for each Ctrl-C.
+#[cfg(not(unix))]
+fn on_signal(mut hear: impl FnMut(bool) + Send + 'static) -> Result<()> {
+    ctrlc::set_handler(move || hear(true)).into_diagnostic()
 }
 
 /// Whether this process was started to ignore `signal`, as `nohup` has it ignore that the terminal is closed.
@@ -87,19 +111,4 @@ fn is_ignored(signal: i32) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
     mask & (1 << (signal - 1)) != 0
-}
-
-/// Set by the first Ctrl-C, which is answered with what happens now; a second one ends the process at once.
-#[cfg(not(unix))]
-pub fn stop_on_signal(what_happens: &'static str) -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        say(&format!("\n{what_happens}; press Ctrl-C again to stop at once"));
-    })
-    .into_diagnostic()?;
-    Ok(stop)
 }

@@ -77,7 +77,7 @@ fn write(
 ) -> Result<Vec<&'static str>, ExportError> {
     match options.runtime {
         Runtime::Peft | Runtime::Vllm | Runtime::MistralRs => {
-            adapter.save(staging.path(), &options.base_name, false)?;
+            adapter.files(staging.destination(), &options.base_name, false)?.write(staging.path())?;
             Ok(vec![ADAPTER_CONFIG, ADAPTER_WEIGHTS])
         }
         Runtime::Gguf | Runtime::Ollama => gguf::write(base, &host_pairs(adapter)?, staging),

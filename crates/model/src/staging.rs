@@ -3,20 +3,27 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-
-use tempfile::TempDir;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::ModelError;
+
+/// What this process has not published yet, for [`Staging::abandon_all`].
+static UNPUBLISHED: Mutex<Vec<Unpublished>> = Mutex::new(Vec::new());
 
 /// A hidden directory beside its destination, and gone with all it holds unless published.
 ///
 /// What is written in it is not named by its passing path: see [`Staging::destination`].
 #[derive(Debug)]
 pub struct Staging {
-    /// `None` once published.
-    dir: Option<TempDir>,
     path: PathBuf,
     destination: PathBuf,
+}
+
+/// What is to be removed.
+#[derive(Debug)]
+struct Unpublished {
+    /// The staging directory.
+    path: PathBuf,
     /// Directories above the destination that were not there before, topmost first.
     created: Vec<PathBuf>,
 }
@@ -53,15 +60,16 @@ impl Staging {
         if is_mount_point(&destination, &parent) {
             return Err(refuse("nothing can be renamed to a mount point; choose a directory in it".into()));
         }
-        let mut staging = Self { dir: None, path: PathBuf::new(), destination, created: Vec::new() };
-        for dir in created {
-            fs::create_dir(&dir).map_err(ModelError::io(&dir))?;
-            staging.created.push(dir);
-        }
-        let dir = builder().tempdir_in(&parent).map_err(ModelError::io(&parent))?;
-        staging.path = dir.path().into();
-        staging.dir = Some(dir);
-        Ok(staging)
+        let path = Unpublished::begin(created, &parent)?;
+        Ok(Self { path, destination })
+    }
+
+    /// Removes all that this process has not published, and lets it publish nothing any more: for who ends it at a signal,
+    /// where nothing is dropped.
+    pub fn abandon_all() {
+        let unpublished = unpublished();
+        unpublished.iter().for_each(Unpublished::remove);
+        std::mem::forget(unpublished); // whoever would publish waits for the end
     }
 
     /// Where to write.
@@ -83,27 +91,70 @@ impl Staging {
     }
 
     /// Makes sure that everything is on the disk, and gives it its name.
-    pub fn publish(mut self) -> Result<(), ModelError> {
+    pub fn publish(self) -> Result<(), ModelError> {
         sync_files(&self.path, &self.destination)?;
         if cfg!(windows) && self.destination.exists() {
             // Elsewhere a rename replaces an empty directory.
             fs::remove_dir(&self.destination).map_err(ModelError::io(&self.destination))?;
         }
-        fs::rename(&self.path, &self.destination).map_err(|e| ModelError::Destination {
+        self.rename().map_err(|e| ModelError::Destination {
             path: self.destination.clone(),
             problem: format!("the finished model cannot be moved there ({e}); choose a new directory"),
         })?;
-        self.created.clear();
-        if let Some(dir) = self.dir.take() {
-            let _ = dir.keep(); // under its new name
-        }
         self.destination.parent().map_or(Ok(()), sync_dir)
+    }
+
+    fn rename(&self) -> io::Result<()> {
+        let mut unpublished = unpublished();
+        fs::rename(&self.path, &self.destination)?;
+        unpublished.retain(|other| other.path != self.path);
+        Ok(())
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        drop(self.dir.take());
+        let mut unpublished = unpublished();
+        if let Some(at) = unpublished.iter().position(|other| other.path == self.path) {
+            unpublished.swap_remove(at).remove();
+        }
+    }
+}
+
+fn unpublished() -> MutexGuard<'static, Vec<Unpublished>> {
+    UNPUBLISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Unpublished {
+    /// Makes the directories `missing`, and a staging directory in `parent`, the last of them or where they begin.
+    fn begin(missing: Vec<PathBuf>, parent: &Path) -> Result<PathBuf, ModelError> {
+        let mut all = unpublished();
+        let mut new = Self { path: PathBuf::new(), created: Vec::new() };
+        let make = || -> Result<PathBuf, ModelError> {
+            for dir in missing {
+                fs::create_dir(&dir).map_err(ModelError::io(&dir))?;
+                new.created.push(dir);
+            }
+            Ok(builder().tempdir_in(parent).map_err(ModelError::io(parent))?.keep())
+        };
+        match make() {
+            Ok(path) => {
+                new.path.clone_from(&path);
+                all.push(new);
+                Ok(path)
+            }
+            Err(error) => {
+                new.remove();
+                Err(error)
+            }
+        }
+    }
+
+    fn remove(&self) {
+        let is_filled_again =
+            || fs::remove_dir_all(&self.path).is_err_and(|e| e.kind() == io::ErrorKind::DirectoryNotEmpty);
+        // Another thread may be writing in it.
+        let _ = (0..100).all(|_| is_filled_again());
         for dir in self.created.iter().rev() {
             // Somebody else may have put something there by now; then it stays.
             let _ = fs::remove_dir(dir);

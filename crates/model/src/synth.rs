@@ -5,7 +5,6 @@ mod shapes;
 mod tokenizer;
 
 use std::borrow::Cow;
-use std::ops::ControlFlow;
 use std::path::Path;
 
 use half::bf16;
@@ -40,15 +39,14 @@ const CHUNK: usize = 1 << 16;
 /// written is that base quantized, and the bfloat16 numbers never are.
 ///
 /// A tensor's numbers depend on `seed` and on its name alone, and one tensor at a time is in
-/// memory. `progress` hears how many bytes of weights are written and how many there will be;
-/// where it breaks, the result is [`ModelError::Interrupted`]. Whatever fails leaves nothing
-/// behind.
+/// memory. `progress` hears how many bytes of weights are written and how many there will be.
+/// Whatever fails leaves nothing behind.
 pub fn synthesize(
     config: &DecoderConfig,
     out: &Path,
     seed: u64,
     scheme: Option<Scheme>,
-    mut progress: impl FnMut(u64, u64) -> ControlFlow<()>,
+    mut progress: impl FnMut(u64, u64),
 ) -> Result<WrittenWeights, ModelError> {
     check(config, out)?;
     let tensor = |(name, shape): (String, Vec<usize>)| match scheme {
@@ -70,18 +68,14 @@ pub fn synthesize(
     // One memory for all tensors: to ask the system for it again costs as much as to fill it.
     let (mut numbers, mut done) = (Vec::new(), 0);
     for tensor in &tensors {
-        if progress(done, total).is_break() {
-            return Err(ModelError::Interrupted);
-        }
+        progress(done, total);
         values(tensor, seed, config.traits().norms_less_one, &mut numbers);
         let bytes = Cow::Borrowed(bytemuck::cast_slice(&numbers));
         let host = HostTensor { dtype: Dtype::BF16, shape: tensor.shape.clone(), bytes };
         stream.write(tensor, host, &mut |name, bytes| writer.write(name, bytes))?;
         done += tensor.specs().iter().map(|spec| spec.bytes() as u64).sum::<u64>();
     }
-    if progress(done, total).is_break() {
-        return Err(ModelError::Interrupted);
-    }
+    progress(done, total);
     writer.finish()
 }
 

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use miette::{IntoDiagnostic, Result, WrapErr, miette};
+use miette::{IntoDiagnostic, Result, miette};
 use pronk_data::{CHAT_TEMPLATE, PROMPT_TEMPLATE};
 use pronk_export::Extraction;
 use pronk_kernels::open_device;
@@ -10,11 +10,12 @@ use pronk_lora::{
     Adapter, AllLinear, Combination, EMBED_TOKENS, LoraConfig, ModuleSummary, TargetModules, TensorKind,
     base_of,
 };
+use pronk_model::Staging;
 use pronk_train::{ModelCard, seal};
 
 use crate::args::{Combine, Extract, Method};
 use crate::model_card::{Making, of_combined};
-use crate::terminal::print;
+use crate::terminal::{end_on_signal, note, print};
 use crate::{base, progress};
 
 /// `pronk adapter info`
@@ -126,14 +127,15 @@ pub fn combine(args: &Combine) -> Result<()> {
         let (given, weights) = (dirs.len(), weights.len());
         return Err(miette!("--weight: expected one for each --adapter, found {weights} for {given}"));
     }
-    must_be_new(&args.out)?;
+    end_on_signal()?;
+    let staging = Staging::beside(&args.out, None).into_diagnostic()?;
     let adapters = dirs.iter().map(|dir| load(dir)).collect::<Result<Vec<_>>>()?;
     let bases = dirs.iter().map(|dir| base_of(dir).into_diagnostic()).collect::<Result<Vec<_>>>()?;
     let base = bases.first().cloned().flatten().unwrap_or_default();
     for (dir, other) in dirs.iter().zip(&bases) {
         if other.as_deref() != Some(base.as_str()) {
             let other = other.as_deref().unwrap_or("none");
-            eprintln!("note: {} belongs to the base {other}, the first one to {base}", dir.display());
+            note(&format!("{} belongs to the base {other}, the first one to {base}", dir.display()));
         }
     }
     let weighted: Vec<(&Adapter, f64)> = adapters.iter().zip(weights.iter().copied()).collect();
@@ -142,12 +144,11 @@ pub fn combine(args: &Combine) -> Result<()> {
         Method::Linear => Combination::Linear,
     };
     let combined = Adapter::combine(&weighted, how).into_diagnostic()?;
-    combined.save(&args.out, &base, false).into_diagnostic()?;
-    copy_common_template(dirs, &args.out)?;
     let parts: Vec<(String, f64)> =
         dirs.iter().map(|dir| dir.display().to_string()).zip(weights.iter().copied()).collect();
-    write_card(&args.out, &of_combined(&combined, &base, &parts, args.method))?;
-    seal(&args.out).into_diagnostic()?;
+    let mut beside = common_templates(dirs);
+    beside.push((ModelCard::FILE, of_combined(&combined, &base, &parts, args.method)));
+    publish(staging, &combined, &base, &beside)?;
     let modules = combined.summary().into_diagnostic()?;
     print(&describe(&combined, &modules, Some(&base)));
     Ok(())
@@ -155,7 +156,8 @@ pub fn combine(args: &Combine) -> Result<()> {
 
 /// `pronk adapter extract`
 pub fn extract(args: &Extract) -> Result<()> {
-    must_be_new(&args.out)?;
+    end_on_signal()?;
+    let staging = Staging::beside(&args.out, None).into_diagnostic()?;
     let [base, tuned] = [&args.base, &args.tuned].map(|name| base::open(name, Path::new(".")));
     let (base, tuned) = (base?, tuned?);
     let target_modules = if args.target_modules.is_empty() {
@@ -176,16 +178,13 @@ pub fn extract(args: &Extract) -> Result<()> {
     let extraction = pronk_export::extract(&base.base, &tuned.base, &config, args.seed, &device, progress);
     bar.finish_and_clear();
     let extraction = extraction.into_diagnostic()?;
-    extraction.adapter.save(&args.out, &base.name, false).into_diagnostic()?;
     let kept = kept(&extraction);
     let card = Making::new(&base, &extraction.adapter, None)?.of_adapter();
     let of = Path::new(&args.tuned).file_name().unwrap_or_default().to_string_lossy();
     let training = ModelCard::TRAINING;
-    write_card(
-        &args.out,
-        &format!("{card}{training}\nNone: taken out of `{of}` by pronk adapter extract.\n\n```\n{kept}```\n"),
-    )?;
-    seal(&args.out).into_diagnostic()?;
+    let card =
+        format!("{card}{training}\nNone: taken out of `{of}` by pronk adapter extract.\n\n```\n{kept}```\n");
+    publish(staging, &extraction.adapter, &base.name, &[(ModelCard::FILE, card)])?;
     print(&kept);
     Ok(())
 }
@@ -208,34 +207,32 @@ fn kept(extraction: &Extraction) -> String {
     text
 }
 
-fn write_card(dir: &Path, card: &str) -> Result<()> {
-    let path = dir.join(ModelCard::FILE);
-    fs::write(&path, card).into_diagnostic().wrap_err_with(|| path.display().to_string())
-}
-
-/// Refuses a directory with something in it.
-fn must_be_new(out: &Path) -> Result<()> {
-    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(miette!("--out: {} is there already, and not empty", out.display()));
+/// Writes an adapter and the text of other files beside it: all, or nothing.
+fn publish(staging: Staging, adapter: &Adapter, base: &str, others: &[(&str, String)]) -> Result<()> {
+    let files = adapter.files(staging.destination(), base, false).into_diagnostic()?;
+    files.write(staging.path()).into_diagnostic()?;
+    for (name, text) in others {
+        staging.add_file(name, text.as_bytes()).into_diagnostic()?;
     }
-    Ok(())
+    seal(staging.path()).into_diagnostic()?;
+    staging.publish().into_diagnostic()
 }
 
 /// The template of all goes along; of different ones none would be right.
-fn copy_common_template(dirs: &[PathBuf], out: &Path) -> Result<()> {
+fn common_templates(dirs: &[PathBuf]) -> Vec<(&'static str, String)> {
+    let mut common = Vec::new();
     for name in [CHAT_TEMPLATE, PROMPT_TEMPLATE] {
         let sources: Vec<Option<String>> =
             dirs.iter().map(|dir| fs::read_to_string(dir.join(name)).ok()).collect();
         match sources.first() {
             Some(Some(first)) if sources.iter().all(|source| source.as_ref() == Some(first)) => {
-                let path = out.join(name);
-                fs::write(&path, first).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+                common.push((name, first.clone()));
             }
             _ if sources.iter().any(Option::is_some) => {
-                eprintln!("note: the adapters have templates of their own ({name}); none goes along");
+                note(&format!("the adapters have templates of their own ({name}); none goes along"));
             }
             _ => {}
         }
     }
-    Ok(())
+    common
 }

@@ -16,7 +16,7 @@ use crate::profile::{Totals, listen};
 use crate::recipe::Recipe;
 use crate::sizes;
 use crate::speed::operations_per_second;
-use crate::terminal::{print, say};
+use crate::terminal::{print, say, warn};
 
 /// Tokens of the product that tells the machine's peak.
 const PEAK_TOKENS: usize = 1024;
@@ -83,7 +83,7 @@ impl Observer for Stopwatch {
     }
 
     fn warn(&mut self, message: &str) {
-        say(message);
+        warn(message);
     }
 }
 

@@ -1,6 +1,6 @@
 mod input;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use signal_hook::flag;
 use self::input::Input;
 use crate::args;
 use crate::speaker::{self, Speaker, Voices};
-use crate::terminal::{print, without_repetition};
+use crate::terminal::{print, say, without_repetition};
 
 const COMMANDS: &str = "\
 /reset          begin anew
@@ -33,14 +33,14 @@ pub fn run(args: &args::Chat) -> Result<()> {
     let mut chat = Chat::new(speaker, sampling)?;
     let mut input = Input::open()?;
     if input.is_terminal() {
-        eprintln!("/help says what there is beside asking; Ctrl-D ends");
+        say("/help says what there is beside asking; Ctrl-D ends");
     }
     while let Some(line) = input.line(&chat.prompt())? {
         // What goes wrong with a line is told, and the next one may go better.
         match chat.heed(&line) {
             Ok(ControlFlow::Continue(())) => {}
             Ok(ControlFlow::Break(())) => break,
-            Err(report) => eprintln!("{:?}", without_repetition(&report)),
+            Err(report) => say(&format!("{:?}", without_repetition(&report))),
         }
     }
     Ok(())
@@ -98,7 +98,7 @@ impl Chat {
             ("/adapter", name) => self.switch(name)?,
             ("/save", "") => return Err(miette!("/save: expected the name of a file")),
             ("/save", file) => self.save(Path::new(file))?,
-            ("/help", _) => eprintln!("{COMMANDS}"),
+            ("/help", _) => say(COMMANDS),
             (other, _) => return Err(miette!("{other}: no such command; there are:\n{COMMANDS}")),
         }
         Ok(ControlFlow::Continue(()))
@@ -142,7 +142,7 @@ impl Chat {
         self.idle.store(true, Ordering::Relaxed);
         print("\n");
         let (text, answer) = found.inspect_err(|_| self.cache = KeyValueCache::default())?;
-        eprintln!("{}", clock.figures(prompt.len(), &answer));
+        say(&clock.figures(prompt.len(), &answer));
         Ok(text)
     }
 
@@ -160,7 +160,7 @@ impl Chat {
     fn list(&self) {
         for (number, voice) in self.speaker.voices().all().iter().enumerate() {
             let name = if voice.name.is_empty() { "the base alone" } else { &voice.name };
-            eprintln!("{} {name}", if number == self.voice { "*" } else { " " });
+            say(&format!("{} {name}", if number == self.voice { "*" } else { " " }));
         }
     }
 
@@ -176,7 +176,10 @@ impl Chat {
     /// Never over a file that is there.
     fn save(&self, file: &Path) -> Result<()> {
         let record = format!("{}\n", self.conversation.to_messages());
-        let write = || io::Write::write_all(&mut std::fs::File::create_new(file)?, record.as_bytes());
+        let write = || {
+            let mut new = std::fs::File::create_new(file)?;
+            new.write_all(record.as_bytes()).inspect_err(|_| drop(std::fs::remove_file(file)))
+        };
         write().into_diagnostic().wrap_err_with(|| format!("/save {}", file.display()))
     }
 }

@@ -11,11 +11,12 @@ use pronk_train::{ModelCard, seal};
 use crate::args::Export;
 use crate::model_card::{Making, with_training};
 use crate::modelfile::Modelfile;
-use crate::terminal::print;
+use crate::terminal::{end_on_signal, note, print};
 use crate::{base, proof};
 
 /// `pronk export`
 pub fn run(args: &Export) -> Result<()> {
+    end_on_signal()?;
     let opened = base::open(&args.base, Path::new("."))?.of_adapter(&args.adapter)?;
     let device = open_device(&args.device.device).into_diagnostic()?;
     let modules = opened.base.config.adapter_modules();
@@ -49,9 +50,7 @@ pub fn run(args: &Export) -> Result<()> {
     };
     let report = export(&opened.base, &adapter, &args.out, &options, &device, &mut finish);
     let ExportReport { files, adapted, notes, verification } = report.into_diagnostic()?;
-    for note in notes {
-        eprintln!("note: {note}");
-    }
+    notes.iter().for_each(|message| note(message));
     print(&format!(
         "exported {adapted} modules for {}: {} in {}\n{}{}\n",
         args.to,

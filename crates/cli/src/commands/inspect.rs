@@ -1,6 +1,8 @@
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 
+use atomic_write_file::AtomicWriteFile;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::checks::Shown;
 use pronk_data::{Check, ExampleView, Finding, PreparedDataset, TextTokenizer};
@@ -145,5 +147,10 @@ pub fn logits(name: &str, adapter: Option<&Path>, text: &str, out: &Path, device
         ("logits", TensorView::new(Dtype::F32, shape, &values).into_diagnostic()?),
     ];
     let bytes = safetensors::serialize(views, None).into_diagnostic()?;
-    std::fs::write(out, bytes).into_diagnostic().wrap_err_with(|| out.display().to_string())
+    let write = || {
+        let mut file = AtomicWriteFile::open(out)?;
+        file.write_all(&bytes)?;
+        file.commit()
+    };
+    write().into_diagnostic().wrap_err_with(|| out.display().to_string())
 }

@@ -16,11 +16,12 @@ use crate::args::{self, Merge, MergeFormat};
 use crate::base::OpenedBase;
 use crate::model_card::{Making, with_training};
 use crate::modelfile::Modelfile;
-use crate::terminal::print;
+use crate::terminal::{end_on_signal, note, print, warn};
 use crate::{base, gguf_keys, progress, proof};
 
 /// `pronk merge`
 pub fn run(args: &Merge) -> Result<()> {
+    end_on_signal()?;
     let of_quantized = loftq_config_of(&args.adapter).into_diagnostic()?.is_some();
     if let (true, Some(onto)) = (of_quantized, &args.onto) {
         return Err(miette!(
@@ -34,11 +35,11 @@ pub fn run(args: &Merge) -> Result<()> {
     let other = other.transpose()?;
     let opened = other.as_ref().unwrap_or(&trained_on);
     if let (Some(formats), None, false) = (trained_on.base.quantization(), &other, of_quantized) {
-        eprintln!(
-            "warning: {} is quantized ({formats}): the merged model keeps what its weights were rounded to. To merge \
+        warn(&format!(
+            "{} is quantized ({formats}): the merged model keeps what its weights were rounded to. To merge \
              into the weights as they were, name the base that it was made from with --onto",
             args.base
-        );
+        ));
     }
     let device = open_device(&args.device.device).into_diagnostic()?;
     let modules = opened.base.config.adapter_modules();
@@ -133,7 +134,7 @@ impl Merging<'_> {
         }
         let modelfile = Modelfile::new(format!("./{MODEL_GGUF}"), None, &template, tokenizer);
         if let Err(error) = &modelfile {
-            eprintln!("note: without a Modelfile for Ollama: {error}");
+            note(&format!("without a Modelfile for Ollama: {error}"));
         }
         let making = Making::new(opened, adapter, Some(&template))?;
         let card = making.of_merged_gguf(&args.adapter, modelfile.is_ok());

@@ -5,7 +5,7 @@ use pronk_lora::base_of;
 use pronk_train::{MANIFEST, ModelCard, RunFolder, verify};
 
 use crate::args::Push;
-use crate::terminal::print;
+use crate::terminal::{note, print};
 use crate::upload::{Destination, FileToSend, Hub, MAIN, endpoint, files_in};
 
 /// `pronk push`
@@ -17,16 +17,16 @@ pub fn run(args: &Push) -> Result<()> {
     // Of this folder, which is not sent: the hub has hashes of its own.
     files.retain(|file| file.name != MANIFEST);
     if !folders.is_empty() {
-        eprintln!("note: folders in it are not sent: {}", folders.join(", "));
+        note(&format!("folders in it are not sent: {}", folders.join(", ")));
     }
     if let Ok(Some(base)) = base_of(dir)
         && Path::new(&base).is_absolute()
     {
-        eprintln!(
-            "note: the adapter names the base by a path of this machine, {base}; where the base is on the hub, put its \
+        note(&format!(
+            "the adapter names the base by a path of this machine, {base}; where the base is on the hub, put its \
              id into adapter_config.json and {}",
             ModelCard::FILE
-        );
+        ));
     }
     print(&listed(&files, &to, *yes));
     if !yes {

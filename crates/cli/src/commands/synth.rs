@@ -1,33 +1,21 @@
-use std::ops::ControlFlow;
-use std::process::ExitCode;
-use std::sync::atomic::Ordering;
-
 use miette::{IntoDiagnostic, Result};
-use pronk_model::{ModelError, Shape, synthesize};
+use pronk_model::{Shape, synthesize};
 
 use crate::args::Synth;
 use crate::progress;
-use crate::terminal::{print, stop_on_signal};
+use crate::terminal::{end_on_signal, print};
 
 /// `pronk synth`
-pub fn run(args: &Synth) -> Result<ExitCode> {
+pub fn run(args: &Synth) -> Result<()> {
     let shape = Shape::named(&args.like).into_diagnostic()?;
-    // Half a base does not stay on the disk.
-    let stop = stop_on_signal("removing what was written")?;
+    end_on_signal()?;
     let bar = progress::bar("writing megabytes", 0);
     let written = synthesize(&shape.config, &args.out, args.seed, args.quantize, |done, total| {
         bar.set_length(total / 1_000_000);
         bar.set_position(done / 1_000_000);
-        if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     bar.finish_and_clear();
-    let written = match written {
-        Err(e @ ModelError::Interrupted) => {
-            print(&format!("{e}\n"));
-            return Ok(ExitCode::from(130));
-        }
-        other => other.into_diagnostic()?,
-    };
+    let written = written.into_diagnostic()?;
     let (name, out) = (shape.name, args.out.display());
     print(&format!(
         "wrote {} tensors into {} file(s), {:.2} GB: {out}\n\
@@ -37,7 +25,7 @@ pub fn run(args: &Synth) -> Result<ExitCode> {
         written.files.len(),
         written.bytes as f64 / 1e9,
     ));
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -64,7 +52,7 @@ mod tests {
         let out = dir.path().join("base");
         let mut config = Shape::named("smollm2-135m").unwrap().config.clone();
         (config.vocab_size, config.num_hidden_layers) = (259, 1);
-        synthesize(&config, &out, 0, None, |_, _| ControlFlow::Continue(())).unwrap();
+        synthesize(&config, &out, 0, None, |_, _| {}).unwrap();
         let opened = base::open(out.to_str().unwrap(), Path::new(".")).unwrap();
         let tokenizer = &opened.tokenizer;
         assert_eq!((tokenizer.bos(), tokenizer.eos_ids()), (Some(1), [2].as_slice()));

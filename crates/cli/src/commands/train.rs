@@ -12,7 +12,7 @@ use crate::profile::listen;
 use crate::progress::TrainingProgress;
 use crate::recipe::Recipe;
 use crate::run_lock::{LockedFile, RunLock, Session};
-use crate::terminal::{print, say};
+use crate::terminal::{note, print};
 
 /// `pronk train`
 pub fn run(args: &Train) -> Result<ExitCode> {
@@ -74,8 +74,8 @@ fn changes(folder: &RunFolder, recipe: &Recipe, opened: &OpenedBase, accept: boo
 /// Writes down what the run is made of, and that it is taken up.
 fn begin_session(folder: &RunFolder, loaded: &LoadedRun, session: Session) -> Result<()> {
     let before = RunLock::read(folder)?;
-    if let Some(note) = before.as_ref().and_then(|lock| lock.last_session()?.differences(&session)) {
-        say(&format!("note: {note}"));
+    if let Some(message) = before.as_ref().and_then(|lock| lock.last_session()?.differences(&session)) {
+        note(&message);
     }
     let mut lock = loaded.lock.clone();
     lock.sessions = before.map(|lock| lock.sessions).unwrap_or_default();

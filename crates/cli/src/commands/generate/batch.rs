@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::progress;
 use crate::speaker::Voices;
-use crate::terminal::{print, stop_on_signal};
+use crate::terminal::{note, print, stop_on_signal};
 
 /// What an answered line has beside its question's fields; transformers' name, and `OpenAI`'s.
 const TEXT: &str = "generated_text";
@@ -180,7 +180,7 @@ fn resume(voices: &Voices, batch: &Path, out: &Path) -> Result<usize> {
     }
     drop(answered);
     if whole.torn {
-        eprintln!("note: {}: its last line was cut short, and is made again", out.display());
+        note(&format!("{}: its last line was cut short, and is made again", out.display()));
         let file = OpenOptions::new().write(true).open(out).into_diagnostic().wrap_err_with(named)?;
         file.set_len(whole.bytes).into_diagnostic().wrap_err_with(named)?;
     }
