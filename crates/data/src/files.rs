@@ -8,9 +8,9 @@ use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
 
-/// The bytes of a file.
+/// The bytes of a file of text that lies in somebody's folder.
 pub(crate) fn read(path: &Path, action: &'static str) -> Result<Vec<u8>, DataError> {
-    std::fs::read(path).map_err(DataError::io(path, action))
+    pronk_files::read_text(path).map_err(DataError::io(path, action))
 }
 
 /// `bytes` as text; a UTF-8 byte order mark at the front is left off.

@@ -29,6 +29,9 @@ use crate::tokenizer::TextTokenizer;
 /// The name of the base's own template; `chat:NAME` is one of several.
 const CHAT: &str = "chat";
 
+/// What is done where a template cannot be read.
+const READ: &str = "read the template";
+
 /// minijinja instructions a single rendering of a record may take; a template over them takes about 20.
 const FUEL: u64 = 100_000;
 
@@ -110,16 +113,25 @@ impl PromptTemplate {
         if !path.exists() {
             return Err(unknown(name_or_path));
         }
-        let bytes = files::read(path, "read the template")?;
-        check_size(name_or_path, bytes.len())?;
-        Self::new(name_or_path, files::text(path, &bytes)?, tokenizer)
+        // It may be a link: the user named it.
+        Self::from_file(path, std::fs::read(path).map_err(DataError::io(path, READ)), tokenizer)
+    }
+
+    fn from_file(
+        path: &Path,
+        bytes: Result<Vec<u8>, DataError>,
+        tokenizer: &TextTokenizer,
+    ) -> Result<Self, DataError> {
+        let (bytes, name) = (bytes?, path.display().to_string());
+        check_size(&name, bytes.len())?;
+        Self::new(&name, files::text(path, &bytes)?, tokenizer)
     }
 
     /// The template that an adapter was trained with, where its folder `dir` holds one.
     pub fn of_adapter(dir: &Path, tokenizer: &TextTokenizer) -> Result<Option<Self>, DataError> {
         let stored = [CHAT_TEMPLATE, PROMPT_TEMPLATE].map(|name| dir.join(name));
         let found = stored.iter().find(|path| path.exists());
-        found.map(|path| Self::load(&path.display().to_string(), tokenizer)).transpose()
+        found.map(|path| Self::from_file(path, files::read(path, READ), tokenizer)).transpose()
     }
 
     /// A template from its source. As usual with Jinja, one newline at the very end of `source` is left off.

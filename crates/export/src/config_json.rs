@@ -1,6 +1,5 @@
 //! The merged model's `config.json`: the base's, for old readers and new ones.
 
-use std::fs;
 
 use pronk_model::{Base, DecoderConfig};
 use serde_json::{Map, Value};
@@ -34,7 +33,7 @@ pub fn config_json(base: &Base, merged: &DecoderConfig, dtype: Option<Dtype>) ->
         return Ok(fresh);
     }
     let path = base.path.join(CONFIG);
-    let text = fs::read(&path).map_err(ExportError::io(&path))?;
+    let text = pronk_files::read_text(&path).map_err(ExportError::io(&path))?;
     let mut config: Map<String, Value> = serde_json::from_slice(&text).map_err(|e| {
         ExportError::Malformed { path: path.clone(), problem: format!("expected a JSON object ({e})") }
     })?;

@@ -37,7 +37,7 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<(), ExportError> {
 
 /// The contents alone: a base may be kept read-only, what is made of it need not be.
 fn copy(from: &Path, to: &Path) -> Result<(), ExportError> {
-    let mut source = File::open(from).map_err(ExportError::io(from))?;
+    let mut source = pronk_files::open(from).map_err(ExportError::io(from))?;
     let mut target = File::create_new(to).map_err(ExportError::io(to))?;
     io::copy(&mut source, &mut target).map(drop).map_err(ExportError::io(to))
 }

@@ -1,5 +1,4 @@
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -48,7 +47,7 @@ impl Base {
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let base = if path.is_dir() {
             let file = path.join("config.json");
-            let text = fs::read(&file).map_err(ModelError::io(&file))?;
+            let text = pronk_files::read_text(&file).map_err(ModelError::io(&file))?;
             let config = DecoderConfig::from_json(&text)
                 .map_err(|problems| ModelError::Unsupported { path: file, problems })?;
             let mut files = SafetensorsFiles::open(path)?;

@@ -2,6 +2,7 @@
 //! the system may drop them again whenever it needs the memory.
 
 use std::fs::File;
+use std::io;
 use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
@@ -16,8 +17,18 @@ use crate::ModelError;
 pub struct MappedFile(Arc<Mmap>);
 
 impl MappedFile {
+    /// The file at `path`, which may be a link to wherever it is.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let file = File::open(path).map_err(ModelError::io(path))?;
+        Self::of(path, File::open(path))
+    }
+
+    /// A file of a folder that it may not lead out of.
+    pub fn in_folder(path: &Path) -> Result<Self, ModelError> {
+        Self::of(path, pronk_files::open(path))
+    }
+
+    fn of(path: &Path, file: io::Result<File>) -> Result<Self, ModelError> {
+        let file = file.map_err(ModelError::io(path))?;
         // SAFETY: the mapping is read-only. If another process cuts the file short while it is
         // mapped, reading past its new end kills this one; checkpoints are not written to in place,
         // and copying tens of gigabytes to rule it out is what mapping is there to avoid.

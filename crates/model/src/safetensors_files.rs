@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
@@ -61,7 +60,7 @@ impl SafetensorsFiles {
         if !index.exists() {
             return Self::map_all(dir, vec![single.to_owned()]);
         }
-        let text = fs::read(&index).map_err(ModelError::io(&index))?;
+        let text = pronk_files::read_text(&index).map_err(ModelError::io(&index))?;
         let Index { weight_map } =
             serde_json::from_slice(&text).map_err(|e| ModelError::malformed(&index, e.to_string()))?;
         let names: BTreeSet<String> = weight_map.values().cloned().collect();
@@ -84,7 +83,7 @@ impl SafetensorsFiles {
         let mut all = Self { files: Vec::new(), tensors: BTreeMap::new(), quantized: BTreeMap::new() };
         for name in names {
             let path = dir.join(&name);
-            let mapped = MappedFile::open(&path)?;
+            let mapped = MappedFile::in_folder(&path)?;
             let number = all.files.len();
             let header = if is_pytorch(&name) {
                 let PytorchFile { pickle, tensors } = pytorch_file::read(&path, &mapped)?;
