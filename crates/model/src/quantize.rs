@@ -235,7 +235,7 @@ fn write(
     let mut writer = WeightsWriter::new(&staging, ShardSpec::split(specs, SHARD_BYTES));
     staging.add_file("config.json", format!("{:#}\n", config_json(base, quantization)?).as_bytes())?;
     for file in key::companions(base) {
-        let bytes = fs::read(&file).map_err(ModelError::io(&file))?;
+        let bytes = pronk_files::read(&file).map_err(ModelError::io(&file))?;
         staging.add_file(&file.file_name().unwrap_or_default().to_string_lossy(), &bytes)?;
     }
     let mut done = 0;
@@ -278,7 +278,7 @@ fn config_json(base: &Base, quantization: &Quantization) -> Result<Value, ModelE
         base.config.to_json("bfloat16")
     } else {
         let path = base.path.join("config.json");
-        let text = fs::read(&path).map_err(ModelError::io(&path))?;
+        let text = pronk_files::read_text(&path).map_err(ModelError::io(&path))?;
         serde_json::from_slice(&text).map_err(|e| ModelError::malformed(&path, e.to_string()))?
     };
     for key in ["dtype", "torch_dtype"] {

@@ -201,12 +201,20 @@ fn the_second_time_it_is_there() {
     let other = quantize(&base, Scheme::Int8, &cache);
     assert_eq!(other.origin, Origin::Quantized);
     let weights = dir.path().join("base").join(WEIGHTS);
-    let file = fs::File::options().write(true).open(weights).unwrap();
+    let file = fs::File::options().write(true).open(&weights).unwrap();
     file.set_modified(before - std::time::Duration::from_mins(1)).unwrap();
     let other = quantize(&base, Scheme::Nf4, &cache);
     assert_eq!(other.origin, Origin::Quantized);
     assert_eq!(listing(&cache).len(), 3);
     assert_eq!(changed(), before);
+    // Other numbers of the same shapes, as old as those: what an image or an archive may hold.
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    let age = fs::metadata(&weights).unwrap().modified().unwrap();
+    fs::write(&weights, bytes).unwrap();
+    fs::File::options().append(true).open(&weights).unwrap().set_modified(age).unwrap();
+    assert_eq!(quantize(&base, Scheme::Nf4, &cache).origin, Origin::Quantized);
 }
 
 #[test]
@@ -227,7 +235,9 @@ fn a_cache_that_is_not_whole_is_made_anew() {
     let (weights, manifest) = (path.join(WEIGHTS), path.join(MANIFEST));
     let cut = format!("{WEIGHTS}: expected {} bytes, found {}", whole.len(), whole.len() - 1);
     anew(&|| fs::write(&weights, &whole[..whole.len() - 1]).unwrap(), &cut);
-    anew(&|| fs::write(&weights, vec![b'x'; whole.len()]).unwrap(), "not a whole safetensors file");
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 3] ^= 1;
+    anew(&|| fs::write(&weights, &flipped).unwrap(), "model.safetensors: it is not what was written");
     anew(&|| fs::remove_file(&weights).unwrap(), "model.safetensors: No such file");
     anew(&|| fs::remove_file(&manifest).unwrap(), "pronk_cache.json cannot be read");
     anew(&|| fs::write(&manifest, "{").unwrap(), "pronk_cache.json is no manifest");

@@ -11,7 +11,7 @@ use super::Quantization;
 use crate::{Base, ModelError};
 
 /// Counted up whenever the same base would become other files.
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 
 /// Small files of a base that go along, so that what is in the cache is a base of its own.
 const COMPANIONS: [&str; 9] = [
@@ -28,9 +28,9 @@ const COMPANIONS: [&str; 9] = [
 
 /// Names a base, as it is now, quantized.
 ///
-/// It hashes every file's name, length and time of change and the weight files' headers, but not
-/// the weights: reading the 26 GB of a 13B takes longer than quantizing them did, and nobody
-/// changes weights without the file's time telling.
+/// It hashes every file's name, length and time of change, and the base's fingerprint, which looks at samples of the
+/// weights: reading the 26 GB of a 13B takes longer than quantizing them did. The time alone does not tell: images and
+/// archives give all their files the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key(String);
 
@@ -43,10 +43,9 @@ impl Key {
         if !skip_modules.is_empty() {
             hash.update(json!(skip_modules).to_string());
         }
-        for (path, header) in base.headers() {
+        hash.update(base.fingerprint()?);
+        for (path, _) in base.headers() {
             hash.update(stamp(&path)?);
-            hash.update((header.len() as u64).to_le_bytes());
-            hash.update(header);
         }
         for path in companions(base) {
             hash.update(stamp(&path)?);

@@ -1,16 +1,21 @@
 //! What a directory of the cache says about itself, so that nothing but the whole is ever trusted.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::key::Key;
 use crate::{Base, ModelError, Staging};
 
 /// Its file name.
 const NAME: &str = "pronk_cache.json";
+/// Bytes that are hashed by themselves, so that several threads can share a file.
+const PART: u64 = 1 << 26;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
@@ -18,8 +23,33 @@ struct Manifest {
     key: String,
     /// Where that lay, for people who look into their cache.
     base: PathBuf,
-    /// Lengths of the files.
-    files: BTreeMap<String, u64>,
+    /// What the files hold.
+    files: BTreeMap<String, Content>,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Content {
+    bytes: u64,
+    /// SHA-256 of every 64 MiB.
+    sha256: Vec<String>,
+}
+
+impl Content {
+    fn of(path: &Path) -> io::Result<Self> {
+        let bytes = fs::metadata(path)?.len();
+        let parts = (0..bytes.div_ceil(PART)).into_par_iter();
+        let sha256 = parts.map(|part| sha256_at(path, part * PART)).collect::<io::Result<_>>()?;
+        Ok(Self { bytes, sha256 })
+    }
+}
+
+/// Of a part of a file. It is read, not mapped: what is mapped counts as memory of ours.
+fn sha256_at(path: &Path, start: u64) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(start))?;
+    let mut hash = Sha256::new();
+    io::copy(&mut file.take(PART), &mut hash)?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Writes the manifest of all that is in `staging`.
@@ -28,7 +58,7 @@ pub fn write(staging: &Staging, key: &Key, base: &Base) -> Result<(), ModelError
         let mut files = BTreeMap::new();
         for entry in fs::read_dir(staging.path())? {
             let entry = entry?;
-            files.insert(entry.file_name().to_string_lossy().into_owned(), entry.metadata()?.len());
+            files.insert(entry.file_name().to_string_lossy().into_owned(), Content::of(&entry.path())?);
         }
         Ok(files)
     };
@@ -49,10 +79,12 @@ pub fn check(dir: &Path, key: &Key) -> Result<(), String> {
         return Err(format!("it was made of another base, {}", manifest.base.display()));
     }
     for (name, expected) in &manifest.files {
-        match fs::metadata(dir.join(name)) {
-            Ok(found) if found.len() == *expected => {}
-            Ok(found) => return Err(format!("{name}: expected {expected} bytes, found {}", found.len())),
-            Err(e) => return Err(format!("{name}: {e}")),
+        let length = fs::metadata(dir.join(name)).map_err(|e| format!("{name}: {e}"))?.len();
+        if length != expected.bytes {
+            return Err(format!("{name}: expected {} bytes, found {length}", expected.bytes));
+        }
+        if Content::of(&dir.join(name)).map_err(|e| format!("{name}: {e}"))? != *expected {
+            return Err(format!("{name}: it is not what was written"));
         }
     }
     Ok(())
