@@ -47,6 +47,8 @@ pub struct LoadedRun {
     pub lock: RunLock,
     pub template: PromptTemplate,
     pub data: PreparedDataset,
+    /// Whether the rows lie in no file yet.
+    is_new: bool,
     pub micro_batches: MicroBatches,
     pub decoder: Decoder,
     /// Set when the user wants the run to end.
@@ -54,34 +56,28 @@ pub struct LoadedRun {
 }
 
 impl LoadedRun {
-    /// Prepares the rows, or finds them in `folder`, where the recipe is written with the sizes
-    /// that it left out; then loads the base. Nothing where the user stopped it meanwhile.
+    /// Prepares the rows, or finds them in `folder`, and fills in the sizes that the recipe left out; then loads the base.
+    /// Nothing where the user stopped it meanwhile.
     pub fn load(
         mut recipe: Recipe,
         opened: OpenedBase,
         device: &str,
         folder: &RunFolder,
-        start: Start,
     ) -> Result<Option<Self>> {
         let computes_in = Memory::of(&open_device(device).into_diagnostic()?);
         let memory = sizes::memory(&recipe, &opened, computes_in)?;
         let template = PromptTemplate::load(&recipe.data.template, &opened.tokenizer).into_diagnostic()?;
-        let mut made = false;
+        let mut is_new = false;
         let Settled { data, micro_batches, found } =
             settle(&mut recipe, &opened, &template, &memory, |config| {
-                let (data, is_new) = prepared(config, &opened, &template, folder, start)?;
-                made = is_new;
+                let (data, made) = prepared(config, &opened, &template, folder)?;
+                is_new = made;
                 Ok(data)
             })?;
-        if made {
-            folder.replace_by(PREPARED, |path| Ok::<_, TrainError>(data.write(path)?)).into_diagnostic()?;
+        if is_new {
             print(&prep::summary(&data.report));
         }
         print(&found);
-        // A changed one is the run's once nothing has refused it.
-        if start != Start::GoesOnChanged {
-            write_recipe(&recipe, folder)?;
-        }
         opened.must_embed(data.train.max_token_id().max(data.validation.max_token_id()))?;
         let stop = stop_on_signal("finishing this step, then saving")?;
         let lock = RunLock::new(&recipe, LockedFile::of_base(&opened.base)?)?;
@@ -93,7 +89,16 @@ impl LoadedRun {
             },
         };
         let decoder = opened.load(device, recipe.base.load_config())?;
-        Ok(Some(Self { recipe, opened, lock, template, data, micro_batches, decoder, stop }))
+        Ok(Some(Self { recipe, opened, lock, template, data, is_new, micro_batches, decoder, stop }))
+    }
+
+    /// Writes rows and recipe into `folder`, once nothing has refused them: until then they are what they were.
+    pub fn write_down(&self, folder: &RunFolder) -> Result<()> {
+        if self.is_new {
+            let write = |path: &Path| Ok::<_, TrainError>(self.data.write(path)?);
+            folder.replace_by(PREPARED, write).into_diagnostic()?;
+        }
+        write_recipe(&self.recipe, folder)
     }
 
     /// The newest whole checkpoint in `folder`, to be trained on by the recipe.
@@ -193,28 +198,18 @@ pub fn write_recipe(recipe: &Recipe, folder: &RunFolder) -> Result<()> {
     folder.replace("recipe.toml", text.as_bytes()).into_diagnostic()
 }
 
-/// The run's prepared rows: read where they are there and fresh, else made. A run that goes on
-/// must find those that it began with. Whether they were made comes with them.
+/// The run's prepared rows: read where they are there and fresh, else made. Whether they were made comes with them; a run
+/// that goes on refuses others than it began with.
 fn prepared(
     config: &PrepareConfig,
     opened: &OpenedBase,
     template: &PromptTemplate,
     folder: &RunFolder,
-    start: Start,
 ) -> Result<(PreparedDataset, bool)> {
     let path = folder.root().join(PREPARED);
     let wanted = key(config, template, &opened.tokenizer).into_diagnostic()?;
-    if let Ok(found) = PreparedDataset::read(&path) {
-        if found.key == wanted {
-            return Ok((found, false));
-        }
-        if start == Start::GoesOn {
-            return Err(miette!(
-                "{}: the template, the tokenizer or the limits of the data have changed since this run began; \
-                 put them back, start a new run in another run.dir, or go on with them as they are by --accept-changes",
-                folder.root().display()
-            ));
-        }
+    if let Some(found) = PreparedDataset::read(&path).ok().filter(|found| found.key == wanted) {
+        return Ok((found, false));
     }
     let rows = prep::with_bar(config, opened, folder.root())?;
     Ok((rows.load().into_diagnostic()?, true))

@@ -53,6 +53,12 @@ pub enum LoraError {
         /// Expected and found.
         problem: String,
     },
+    /// An adapter that holds something else than numbers.
+    #[error("{path}: the adapter was not saved: it holds numbers that are not finite")]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+    },
     /// An adapter not worth saving, or one that came back different from the disk.
     #[error("{path}: the adapter was not saved: {problem}")]
     NotSaved {

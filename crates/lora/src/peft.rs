@@ -58,6 +58,11 @@ pub struct AdapterFiles {
 }
 
 impl AdapterFiles {
+    /// The bytes of the file of weights.
+    pub fn weights(&self) -> &[u8] {
+        &self.weights
+    }
+
     /// Writes them as [`Adapter::save`] does.
     pub fn write(&self, dir: &Path) -> Result<(), LoraError> {
         let existed = dir.exists();
@@ -104,7 +109,7 @@ impl Adapter {
         let adapter = self.standalone();
         let tensors = adapter.host_tensors()?;
         if tensors.iter().any(|(_, _, values)| values.iter().any(|x| !x.is_finite())) {
-            return Err(not_saved("it holds numbers that are not finite".into()));
+            return Err(LoraError::NotFinite { path: dir.join(ADAPTER_WEIGHTS) });
         }
         if !fresh {
             self.must_have_learned(dir)?;
@@ -339,7 +344,7 @@ pub fn vocab_size_of(dir: &Path) -> Result<Option<usize>, LoraError> {
 /// What stands in front of a safetensors file's numbers, which may be many.
 fn header(path: &Path) -> Result<Value, LoraError> {
     let read = || -> std::io::Result<Vec<u8>> {
-        let file = File::open(path)?;
+        let file = pronk_files::open(path)?;
         let (mut length, mut header) = (Vec::new(), Vec::new());
         (&file).take(8).read_to_end(&mut length)?;
         let length = length.as_slice().try_into().map_or(0, u64::from_le_bytes);
@@ -442,8 +447,12 @@ fn misfit(dir: &Path, problems: Vec<String>) -> LoraError {
     LoraError::DoesNotFit { path: dir.into(), problems }
 }
 
+fn read_text(path: &Path) -> Result<Vec<u8>, LoraError> {
+    pronk_files::read_text(path).map_err(|source| LoraError::Io { path: path.into(), source })
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, LoraError> {
-    fs::read(path).map_err(|source| LoraError::Io { path: path.into(), source })
+    pronk_files::read(path).map_err(|source| LoraError::Io { path: path.into(), source })
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), LoraError> {

@@ -25,6 +25,8 @@ pub struct TrainerState {
     pub step: u64,
     /// The lowest eval loss so far, and the step it was measured after.
     pub best: Option<(f64, u64)>,
+    /// SHA-256 of the weights of the adapter which that was.
+    pub best_adapter: Option<String>,
     /// The eval loss before the first step.
     pub eval_before: Option<f64>,
     /// The eval loss after this very step, where it was measured.
@@ -45,6 +47,7 @@ impl TrainerState {
         Self {
             step: 0,
             best: None,
+            best_adapter: None,
             eval_before: None,
             eval_loss: None,
             skipped: 0,
@@ -181,9 +184,16 @@ pub fn newest(folder: &RunFolder) -> Option<PathBuf> {
     list(folder).into_values().rev().find(|path| differences(path).is_empty())
 }
 
+/// Whether some checkpoint tells of steps that left an adapter to use. Of the first one that did not fail it is not sure:
+/// in a warmup it learns nothing.
+pub(crate) fn has_learned(folder: &RunFolder) -> bool {
+    let learned = |state: &TrainerState| state.step.saturating_sub(state.skipped) > 1;
+    list(folder).values().any(|path| read_state(path).is_ok_and(|told| learned(&told.state)))
+}
+
 fn read_state(checkpoint: &Path) -> Result<Told, TrainError> {
     let path = checkpoint.join(STATE);
-    let text = fs::read(&path).map_err(TrainError::io(&path))?;
+    let text = pronk_files::read_text(&path).map_err(TrainError::io(&path))?;
     serde_json::from_slice(&text).map_err(|e| TrainError::Checkpoint { path, problem: e.to_string() })
 }
 
@@ -237,7 +247,7 @@ fn parts_of(state: &TensorState) -> Result<Vec<Part>, TrainError> {
 
 fn states_from_file(optimizer: &mut Optimizer, path: &Path, device: &Device) -> Result<(), TrainError> {
     let damaged = |problem: String| TrainError::Checkpoint { path: path.into(), problem };
-    let bytes = fs::read(path).map_err(TrainError::io(path))?;
+    let bytes = pronk_files::read(path).map_err(TrainError::io(path))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
     let read = |key: &str, dtype: Dtype, shape: &[usize]| {
         let view = file.tensor(key).map_err(|e| damaged(format!("{key}: {e}")))?;

@@ -66,6 +66,12 @@ pub enum TrainError {
         /// Expected and found.
         problem: String,
     },
+    /// A run that is to go on with other rows than it began with.
+    #[error(
+        "{}: the data, the template, the tokenizer or the limits of the data have changed since this run began; put them \
+         back, start a new run in another run.dir, or go on with them as they are by --accept-changes", .0.display()
+    )]
+    OtherRows(PathBuf),
     /// A state that could not be written, however often it was tried.
     #[error(
         "stopped at step {step}, as it cannot be saved: {source}. {kept}; when there is room again, go on with: \
@@ -83,7 +89,7 @@ pub enum TrainError {
     },
     /// A loss or a gradient that is no number any more.
     #[error(
-        "step {step}: the {what} is {value}; stopped before it reached the adapter{}. {kept}. What it was computed \
+        "step {step}: the {what} is {value}; stopped before anything of it was kept{}. {kept}. What it was computed \
          from is in {batch}. Try a lower train.learning_rate, more train.warmup_steps, or train.max_grad_norm = 1.0; \
          if the records in there are broken, mend or drop them, or set train.on_nan = \"skip\"",
          in_a_row(*.skipped)
@@ -91,7 +97,7 @@ pub enum TrainError {
     NotFinite {
         /// The optimizer step.
         step: u64,
-        /// "loss" or "gradient norm".
+        /// "loss", "gradient norm", or "adapter".
         what: &'static str,
         /// What it came to.
         value: f64,
@@ -120,6 +126,24 @@ pub enum TrainError {
     /// Numbers that could not be read back from the device.
     #[error("the device failed while reading results back: {0}")]
     Device(String),
+    /// The same in the middle of a run.
+    #[error(
+        "step {step}: the device failed: {problem}. {kept}. What was computed is in {batch}. See that the device is there \
+         (pronk devices) and that nothing else takes its memory, then go on with: pronk train --resume {}; where it was \
+         out of memory, set a smaller train.memory_budget or train.micro_batch_size", .run.display()
+    )]
+    DeviceFailed {
+        /// The optimizer step.
+        step: u64,
+        /// What was told of it.
+        problem: String,
+        /// The last good state.
+        kept: Kept,
+        /// The file with the rows, or why there is none.
+        batch: String,
+        /// The run's folder.
+        run: PathBuf,
+    },
     /// From the data.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -152,6 +176,11 @@ fn in_a_row(skipped: u64) -> String {
 }
 
 impl TrainError {
+    /// Whether it names something in the run's folder that has to stay there for the user.
+    pub fn refers_to_the_run(&self) -> bool {
+        matches!(self, Self::NotFinite { .. } | Self::DeviceFailed { .. } | Self::NotSaved { .. })
+    }
+
     /// Whether the system refused to read or write: what may go well another time.
     pub(crate) fn is_io(&self) -> bool {
         matches!(

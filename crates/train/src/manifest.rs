@@ -52,6 +52,10 @@ impl Content {
         Self { bytes: bytes.len() as u64, sha256: hex(Sha256::new().chain_update(bytes)) }
     }
 
+    pub(crate) fn sha256(&self) -> &str {
+        &self.sha256
+    }
+
     /// All that is in the file at `path`.
     pub(crate) fn of_file(path: &Path) -> io::Result<Self> {
         Self::of_beginning(path, u64::MAX)
@@ -66,7 +70,11 @@ impl Content {
 
     /// Whether the file at `path` holds it; if not, what was found.
     fn check(&self, path: &Path) -> Result<(), String> {
-        let length = fs::metadata(path).map_err(|e| e.to_string())?.len();
+        let metadata = fs::metadata(path).map_err(|e| e.to_string())?;
+        if !metadata.is_file() {
+            return Err("expected a file, found a folder, a pipe or a device".to_owned());
+        }
+        let length = metadata.len();
         let grows = path.to_string_lossy().ends_with(GROWS);
         if length < self.bytes || (length > self.bytes && !grows) {
             return Err(format!("expected {} bytes, found {length}", self.bytes));
@@ -102,7 +110,9 @@ impl Manifest {
     /// Reads the manifest of `dir`. `None` where there is none; what is wrong with it, where something is.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>, String> {
         let mut bytes = Vec::new();
-        match File::open(dir.join(MANIFEST)).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes)) {
+        match pronk_files::open(&dir.join(MANIFEST))
+            .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes))
+        {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             read => read.map_err(|e| e.to_string())?,
         };

@@ -50,12 +50,17 @@ impl Plan {
 
     /// Of the micro-batches of the first epoch the one with the most tokens.
     pub fn largest_micro_batch(&self, rows: &Rows, how: MicroBatches) -> PackedBatch {
+        lay_out(rows, &self.rows_of_the_largest(rows, how))
+    }
+
+    /// What lies in it.
+    pub(crate) fn rows_of_the_largest(&self, rows: &Rows, how: MicroBatches) -> Vec<usize> {
         let steps = (self.rows.div_ceil(self.batch_size) as u64).min(self.total_steps);
         let tokens = |part: &Vec<usize>| part.iter().map(|&i| tokens_of(rows, i)).sum::<usize>();
         let order = self.epoch_rows(0);
         let steps = order.chunks(self.batch_size).take(steps as usize);
         let parts = steps.flat_map(|step| shared_out(rows, step, how));
-        lay_out(rows, &parts.max_by_key(tokens).unwrap_or_default())
+        parts.max_by_key(tokens).unwrap_or_default()
     }
 }
 

@@ -135,9 +135,7 @@ impl<'a> Trainer<'a> {
             return Ok(self);
         };
         if state.data_key != self.data.key && !other_rows {
-            let problem =
-                "the data, the template, the tokenizer or their limits have changed since this run began";
-            return Err(TrainError::Checkpoint { path: self.folder.checkpoints(), problem: problem.into() });
+            return Err(TrainError::OtherRows(self.folder.root().into()));
         }
         (self.state, self.adapter, self.optimizer) = (state, adapter, optimizer);
         self.state.data_key.clone_from(&self.data.key);
@@ -157,6 +155,10 @@ impl<'a> Trainer<'a> {
 
     /// Trains to the end, or until `stop` is set: then the step is finished and saved first.
     pub fn run(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Ending, TrainError> {
+        self.all_steps(observer, stop).map_err(|error| self.ended_by(error))
+    }
+
+    fn all_steps(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Ending, TrainError> {
         if self.state.step == 0 {
             self.folder.rewind_log(None)?;
             self.before_the_first_step(observer)?;

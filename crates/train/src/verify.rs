@@ -35,7 +35,8 @@ pub fn verify(dir: &Path) -> Result<Verified, TrainError> {
     let mut verified = Verified::default();
     verified.look_through(dir.into());
     if is_run {
-        let adapter = Some(folder.adapter()).filter(|adapter| adapter.exists());
+        let adapter =
+            Some(folder.adapter()).filter(|adapter| adapter.exists() || checkpoint::has_learned(&folder));
         adapter
             .into_iter()
             .chain(checkpoint::list(&folder).into_values())

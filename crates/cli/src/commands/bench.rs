@@ -40,7 +40,7 @@ pub fn run(args: &args::Bench) -> Result<ExitCode> {
     let computes_in = Memory::of(&open_device(&args.device.device).into_diagnostic()?);
     let shapes = sizes::shapes(&recipe, &opened, (recipe.base.quantize, recipe.base.weights), computes_in)?;
     let folder = RunFolder::create(&recipe.run.dir).into_diagnostic()?;
-    let Some(loaded) = LoadedRun::load(recipe, opened, &args.device.device, &folder, Start::Anew)? else {
+    let Some(loaded) = LoadedRun::load(recipe, opened, &args.device.device, &folder)? else {
         return Ok(ExitCode::from(130));
     };
     let mut stopwatch = Stopwatch { started, warmup: args.warmup, totals, first: None, records: Vec::new() };

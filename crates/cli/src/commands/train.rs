@@ -1,3 +1,4 @@
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -12,7 +13,7 @@ use crate::profile::listen;
 use crate::progress::TrainingProgress;
 use crate::recipe::Recipe;
 use crate::run_lock::{LockedFile, RunLock, Session};
-use crate::terminal::{note, print};
+use crate::terminal::{note, print, say};
 
 /// `pronk train`
 pub fn run(args: &Train) -> Result<ExitCode> {
@@ -40,20 +41,24 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         (None, false) => Start::GoesOn,
         (None, true) => Start::GoesOnChanged,
     };
-    let Some(loaded) = LoadedRun::load(recipe, opened, &args.device.device, &folder, start)? else {
+    let Some(loaded) = LoadedRun::load(recipe, opened, &args.device.device, &folder)? else {
         return Ok(stopped_early());
     };
     let mut trainer = loaded.trainer(folder.clone(), start)?;
     let mut progress = TrainingProgress::new(trainer.step_number(), trainer.total_steps());
-    write_recipe(&loaded.recipe, &folder)?;
+    loaded.write_down(&folder)?;
     begin_session(&folder, &loaded, Session::new(trainer.step_number(), &args.device.device, accepted))?;
     let mut unused = unused.map(Unused::keep);
-    let ending = trainer.run(&mut progress, &loaded.stop).into_diagnostic();
+    let ending = catch_unwind(AssertUnwindSafe(|| trainer.run(&mut progress, &loaded.stop)));
     progress.finish();
-    if let (Err(_), Some(unused), 0) = (&ending, &mut unused, trainer.step_number()) {
-        unused.armed = true;
+    let ending = ending.unwrap_or_else(|bug| {
+        say(&format!("{}; go on with: pronk train --resume {}", trainer.kept(), folder.root().display()));
+        resume_unwind(bug)
+    });
+    if let (Err(error), Some(unused), 0) = (&ending, &mut unused, trainer.step_number()) {
+        unused.armed = !error.refers_to_the_run();
     }
-    Ok(report(&ending?, &folder))
+    Ok(report(&ending.into_diagnostic()?, &folder))
 }
 
 /// What has changed since the run began. Unless the user accepts it, that is an error.

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{ADAPTER_CONFIG, misfit, read};
+use super::{ADAPTER_CONFIG, misfit, read_text};
 use crate::{Adapter, AllLinear, InitLoraWeights, LoftQConfig, LoraConfig, LoraError, TargetModules};
 
 /// Only keys that every PEFT version since 0.6 accepts: older ones fail on keys they do not know.
@@ -61,7 +61,7 @@ fn modules_to_save(adapter: &Adapter) -> Option<Vec<&'static str>> {
 /// What base the adapter in `dir` says it belongs to.
 pub fn base_of(dir: &Path) -> Result<Option<String>, LoraError> {
     let path = dir.join(ADAPTER_CONFIG);
-    let value: Value = serde_json::from_slice(&read(&path)?)
+    let value: Value = serde_json::from_slice(&read_text(&path)?)
         .map_err(|e| LoraError::Malformed { path, problem: e.to_string() })?;
     Ok(value["base_model_name_or_path"].as_str().map(str::to_owned))
 }
@@ -75,7 +75,8 @@ pub fn loftq_config_of(dir: &Path) -> Result<Option<LoftQConfig>, LoraError> {
 pub fn load(dir: &Path) -> Result<LoraConfig, LoraError> {
     let path = dir.join(ADAPTER_CONFIG);
     let malformed = |problem: String| LoraError::Malformed { path: path.clone(), problem };
-    let mut value: Value = serde_json::from_slice(&read(&path)?).map_err(|e| malformed(e.to_string()))?;
+    let mut value: Value =
+        serde_json::from_slice(&read_text(&path)?).map_err(|e| malformed(e.to_string()))?;
     if value["peft_type"] != "LORA" {
         return Err(malformed(format!("expected peft_type \"LORA\", found {}", value["peft_type"])));
     }

@@ -1,5 +1,6 @@
-//! Losses and gradients that are no numbers: what is told of them, and whether the run goes on.
+//! Losses and gradients that are no numbers, and devices that fail: what is told of them, and whether the run goes on.
 
+use pronk_lora::LoraError;
 use serde_json::{Value, json};
 
 use super::{Observer, Trainer};
@@ -25,8 +26,9 @@ impl Trainer<'_> {
             return Ok(None);
         };
         let (step, in_a_row) = (self.state.step + 1, self.state.skipped_in_a_row);
-        let batch = self.write_batch(step, what, value);
+        let batch = self.write_batch(step, what, &value.to_string(), &self.plan.rows(step - 1));
         if self.config.on_nan == OnNan::Stop || in_a_row == MAX_SKIPPED_IN_A_ROW {
+            self.save_before_it_ends();
             return Err(TrainError::NotFinite {
                 step,
                 what,
@@ -47,16 +49,38 @@ impl Trainer<'_> {
         value: f64,
         observer: &mut dyn Observer,
     ) -> Result<(), TrainError> {
-        let (what, batch) = ("loss", "the longest micro-batch of the first epoch".to_owned());
+        let what = "loss";
+        let rows = self.plan.rows_of_the_largest(&self.data.train, self.micro_batches);
+        let batch = self.write_batch(1, what, &value.to_string(), &rows);
         if self.config.on_nan == OnNan::Stop {
             return Err(TrainError::NotFinite { step: 1, what, value, skipped: 0, kept: self.kept(), batch });
         }
-        observer.warn(&format!("the loss of {batch} is {value}"));
+        observer.warn(&format!("the loss of the longest micro-batch is {value}; its rows are in {batch}"));
         Ok(())
     }
 
+    /// What ended the run, with what is kept of it where that is news: a device that failed, or an update that no number
+    /// holds, which is found when it is to be saved.
+    pub(super) fn ended_by(&mut self, error: TrainError) -> TrainError {
+        let (computing, done) = (self.state.step + 1, self.state.step);
+        match error {
+            TrainError::Device(problem) => {
+                let step = computing.min(self.plan.total_steps);
+                let batch = self.write_batch(step, "device", &problem, &self.plan.rows(step - 1));
+                let (kept, run) = (self.kept(), self.folder.root().into());
+                TrainError::DeviceFailed { step, problem, kept, batch, run }
+            }
+            TrainError::Lora(LoraError::NotFinite { .. }) if done > 0 => {
+                let (step, what, value) = (done, "adapter", f64::NAN);
+                let batch = self.write_batch(step, what, &value.to_string(), &self.plan.rows(step - 1));
+                TrainError::NotFinite { step, what, value, skipped: 0, kept: self.kept(), batch }
+            }
+            other => other,
+        }
+    }
+
     /// Writes what a step learned from, as tokens and as text. Returns where it is, or why it is not.
-    fn write_batch(&self, step: u64, what: &str, value: f64) -> String {
+    fn write_batch(&self, step: u64, what: &str, value: &str, rows: &[usize]) -> String {
         let row = |index: usize| {
             let row = self.data.train.get(index)?;
             Some(json!({
@@ -66,9 +90,9 @@ impl Trainer<'_> {
                 "loss_mask": row.loss_mask,
             }))
         };
-        let rows: Vec<Value> = self.plan.rows(step - 1).into_iter().filter_map(row).collect();
-        // JSON has no NaN.
-        let batch = json!({"step": step, "what": what, "value": value.to_string(), "rows": rows});
+        let rows: Vec<Value> = rows.iter().copied().filter_map(row).collect();
+        // As text: JSON has no NaN.
+        let batch = json!({"step": step, "what": what, "value": value, "rows": rows});
         match self.folder.replace(BATCH, format!("{batch:#}\n").as_bytes()) {
             Ok(()) => self.folder.root().join(BATCH).display().to_string(),
             Err(e) => format!("no file ({e})"),

@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pronk_lora::AdapterFiles;
+use pronk_lora::{ADAPTER_WEIGHTS, AdapterFiles};
 use tracing::trace_span;
 
 use super::{Observer, Trainer};
 use crate::checkpoint::Snapshot;
 use crate::error::Kept;
-use crate::manifest::differences;
+use crate::manifest::{Content, differences};
 use crate::publish::publish;
 use crate::{ModelCard, RunFolder, TrainConfig, TrainError, checkpoint};
 
@@ -123,8 +123,17 @@ impl Trainer<'_> {
         }
     }
 
+    /// Writes a checkpoint of the steps that went well, for a run that ends here; where that fails, an older one is kept.
+    pub(super) fn save_before_it_ends(&mut self) {
+        self.save_under_way = None; // which is waited for
+        let is_there = checkpoint::list(&self.folder).contains_key(&self.state.step);
+        if self.config.save_steps > 0 && self.state.step > 0 && !is_there {
+            let _ = self.save_checkpoint();
+        }
+    }
+
     /// The state that the run would go on from.
-    pub(super) fn kept(&mut self) -> Kept {
+    pub fn kept(&mut self) -> Kept {
         self.save_under_way = None; // it may be that of the save which is being written
         Kept(checkpoint::newest(&self.folder))
     }
@@ -147,7 +156,11 @@ impl Trainer<'_> {
             self.saved(observer, stop, |run| run.folder.seal_log())?;
         }
         let eval_loss = self.state.eval_loss.filter(|_| is_best);
-        let save = self.save_of(usable.then(|| self.adapter_folder(eval_loss)).transpose()?, due)?;
+        let adapter = usable.then(|| self.adapter_folder(eval_loss)).transpose()?;
+        if let (true, Some(folder)) = (is_best, &adapter) {
+            self.state.best_adapter = Some(Content::of(folder.adapter.weights()).sha256().to_owned());
+        }
+        let save = self.save_of(adapter, due)?;
         self.save_under_way = Some(SaveUnderWay::begin(save));
         Ok(())
     }
@@ -230,21 +243,32 @@ impl Trainer<'_> {
         Ok((Some(loss), is_best))
     }
 
-    /// The adapter of the lowest eval loss lies in its own folder alone. Where it was taken away or damaged
-    /// it cannot be made again, unless it is the one of this very step.
+    /// The adapter of the lowest eval loss lies in its own folder alone. Where it was taken away or damaged, or is of a
+    /// later step that was not saved, it cannot be made again, unless it is the one of this very step.
     pub(super) fn find_the_best(&mut self, warn: impl Fn(&str)) -> Result<(), TrainError> {
         let Some((loss, step)) = self.state.best else { return Ok(()) };
-        let Some(damage) = differences(&self.folder.adapter()).into_iter().next() else { return Ok(()) };
+        let Some(problem) = self.is_not_the_best() else { return Ok(()) };
         if step == self.state.step {
             return self.save_adapter(Some(loss));
         }
-        self.state.best = None;
+        (self.state.best, self.state.best_adapter) = (None, None);
         warn(&format!(
-            "the best adapter so far, of step {step}, is gone ({}: {}); the best from here on is kept",
-            damage.path.display(),
-            damage.problem
+            "the best adapter so far, of step {step}, is gone ({problem}); the best from here on is kept"
         ));
         Ok(())
+    }
+
+    /// What sets the adapter in its folder apart from the one that the state calls the best.
+    fn is_not_the_best(&self) -> Option<String> {
+        let dir = self.folder.adapter();
+        if let Some(damage) = differences(&dir).into_iter().next() {
+            return Some(format!("{}: {}", damage.path.display(), damage.problem));
+        }
+        let path = dir.join(ADAPTER_WEIGHTS);
+        let found = Content::of_file(&path).ok();
+        let is_it = found
+            .is_some_and(|found| self.state.best_adapter.as_deref().is_none_or(|it| it == found.sha256()));
+        (!is_it).then(|| format!("{}: it is of another step", path.display()))
     }
 
     pub(super) fn answer_samples(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
