@@ -225,6 +225,41 @@ fn signals_save_first() {
     }
 }
 
+/// A run that is stopped while it measures does not measure to the end first. Going on it does, and is the run that was never
+/// stopped.
+#[test]
+fn a_stop_does_not_wait_for_a_measurement() {
+    let shop = Workshop::new();
+    let many: Vec<_> = (0..40).flat_map(|_| records()).collect();
+    shop.write("data.json", json(&many));
+    let fixed = ["data.val_size=470", "train.eval_steps=1", "train.save_steps=1", "run.samples=0"];
+    let set = [&fixed[..], &["train.schedule=constant", "train.max_steps=100000"]].concat();
+    let left_off = |run: &str| {
+        let mut child = command(shop.root())
+            .args(train_args(run, "cpu", &set))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_for_step(&mut child, 2);
+        std::thread::sleep(Duration::from_millis(60));
+        let kill = Command::new("sh").args(["-c", &format!("kill -TERM {}", child.id())]).status();
+        assert!(kill.unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        let newest = format!("{run}/checkpoints/step-{:06}/trainer_state.json", shop.losses(run).len());
+        let state: serde_json::Value = serde_json::from_str(&shop.read(&newest)).unwrap();
+        !state["unmeasured"].is_null()
+    };
+    // Of a step and its measurement the latter takes nearly all the time.
+    let run = (0..50).map(|trial| format!("run-{trial}")).find(|run| left_off(run)).unwrap();
+    let steps = format!("train.max_steps={}", shop.losses(&run).len() + 2);
+    shop.resume_changed(&run, "cpu", &[&steps]).succeeds();
+    let alone = [&fixed[..], &["train.schedule=constant", &steps]].concat();
+    shop.train("alone", "cpu", &alone).succeeds();
+    assert_eq!(shop.timeless_metrics(&run), shop.timeless_metrics("alone"));
+    same_result(&shop, &run, "alone");
+}
+
 /// Half a model does not stay on the disk, in a folder that nobody sees.
 #[test]
 fn what_a_signal_ends_leaves_nothing() {

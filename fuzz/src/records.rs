@@ -45,13 +45,16 @@ pub fn prepared(bytes: &[u8]) {
     }
 }
 
-/// With the checksum that its rows have: whoever means harm can take one as well.
+/// With the checksum that its header and its rows have: whoever means harm can take one as well.
 fn sealed(bytes: &[u8]) -> Vec<u8> {
     const BEFORE: &[u8] = b"checksum\\\":\\\"";
     let mut sealed = bytes.to_vec();
+    let Some(header) = unsealed_header(bytes) else { return sealed };
     let place = bytes.windows(BEFORE.len()).position(|window| window == BEFORE).map(|at| at + BEFORE.len());
     let (Some(place), Ok(file)) = (place, SafeTensors::deserialize(bytes)) else { return sealed };
     let mut hasher = Sha256::new();
+    hasher.update((header.len() as u64).to_le_bytes());
+    hasher.update(header);
     for kind in ["offsets", "token_ids", "loss_mask"] {
         for part in ["train", "validation"] {
             let Ok(tensor) = file.tensor(&format!("{part}.{kind}")) else { return sealed };
@@ -64,4 +67,12 @@ fn sealed(bytes: &[u8]) -> Vec<u8> {
         old.copy_from_slice(checksum.as_bytes());
     }
     sealed
+}
+
+/// What a prepared file says beside its rows, with zeros for its checksum.
+fn unsealed_header(bytes: &[u8]) -> Option<String> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes).ok()?;
+    let header = metadata.metadata().as_ref()?.get("pronk.prepared")?;
+    let (before, behind) = header.split_once("checksum\":\"")?;
+    Some(format!("{before}checksum\":\"{:064}{}", 0, behind.get(64..)?))
 }

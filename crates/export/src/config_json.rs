@@ -1,6 +1,5 @@
 //! The merged model's `config.json`: the base's, for old readers and new ones.
 
-
 use pronk_model::{Base, DecoderConfig};
 use serde_json::{Map, Value};
 

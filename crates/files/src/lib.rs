@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 /// More than any configuration, template or tokenizer takes.
@@ -42,6 +42,22 @@ pub fn read_text(path: &Path) -> io::Result<Vec<u8>> {
     }
     let problem = format!("expected a file of text, {MOST_TEXT} bytes at most, found more");
     Err(io::Error::new(io::ErrorKind::InvalidData, problem))
+}
+
+/// Whether the file at `path` holds just these bytes.
+pub fn holds(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
+    let mut rest = bytes;
+    loop {
+        let found = file.fill_buf()?;
+        if found.is_empty() {
+            return Ok(rest.is_empty());
+        }
+        let Some(behind) = rest.strip_prefix(found) else { return Ok(false) };
+        rest = behind;
+        let length = found.len();
+        file.consume(length);
+    }
 }
 
 /// Whether it is `models--OWNER--NAME/blobs/HASH`, as the hub's library keeps its files.
@@ -86,6 +102,9 @@ mod tests {
         ] {
             let error = read(&at(name)).unwrap_err().to_string();
             assert!(error.contains(problem), "{name}: {error}");
+        }
+        for (bytes, is_it) in [("words", true), ("word", false), ("words.", false), ("", false)] {
+            assert_eq!(holds(&at("base/plain"), bytes.as_bytes()).unwrap(), is_it, "{bytes}");
         }
         // As long as it is told to be, and nowhere on the disk.
         File::create(at("base/long")).unwrap().set_len(1 << 40).unwrap();

@@ -7,8 +7,8 @@ pub use config_file::{base_of, loftq_config_of};
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::fs;
+use std::io::{Read, Write};
 use std::path::Path;
 
 use atomic_write_file::AtomicWriteFile;
@@ -76,13 +76,7 @@ impl AdapterFiles {
     fn write_both(&self, dir: &Path) -> Result<(), LoraError> {
         fs::create_dir_all(dir).map_err(|source| LoraError::Io { path: dir.into(), source })?;
         write(&dir.join(ADAPTER_CONFIG), self.config.as_bytes())?;
-        let path = dir.join(ADAPTER_WEIGHTS);
-        write(&path, &self.weights)?;
-        if !reads_back(&path, &self.weights)? {
-            let problem = "the file reads back different from what was written".into();
-            return Err(LoraError::NotSaved { path, problem });
-        }
-        Ok(())
+        write(&dir.join(ADAPTER_WEIGHTS), &self.weights)
     }
 }
 
@@ -424,25 +418,6 @@ fn to_f32(view: &TensorView) -> Vec<f32> {
     }
 }
 
-/// Whether the file holds just these bytes.
-fn reads_back(path: &Path, bytes: &[u8]) -> Result<bool, LoraError> {
-    let compare = || -> std::io::Result<bool> {
-        let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
-        let mut rest = bytes;
-        loop {
-            let found = file.fill_buf()?;
-            if found.is_empty() {
-                return Ok(rest.is_empty());
-            }
-            let Some(behind) = rest.strip_prefix(found) else { return Ok(false) };
-            rest = behind;
-            let length = found.len();
-            file.consume(length);
-        }
-    };
-    compare().map_err(|source| LoraError::Io { path: path.into(), source })
-}
-
 fn misfit(dir: &Path, problems: Vec<String>) -> LoraError {
     LoraError::DoesNotFit { path: dir.into(), problems }
 }
@@ -456,10 +431,16 @@ fn read(path: &Path) -> Result<Vec<u8>, LoraError> {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), LoraError> {
+    let io = |source| LoraError::Io { path: path.into(), source };
     let write = || {
         let mut file = AtomicWriteFile::open(path)?;
         file.write_all(bytes)?;
         file.commit()
     };
-    write().map_err(|source| LoraError::Io { path: path.into(), source })
+    write().map_err(io)?;
+    if pronk_files::holds(path, bytes).map_err(io)? {
+        return Ok(());
+    }
+    let problem = "the file reads back different from what was written".into();
+    Err(LoraError::NotSaved { path: path.into(), problem })
 }

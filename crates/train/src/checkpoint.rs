@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::manifest::differences;
 use crate::optimizer::{TensorState, numbers};
 use crate::publish::{publish, withdraw};
-use crate::{Optimizer, RunFolder, SampleRound, TrainConfig, TrainError};
+use crate::{Optimizer, RunFolder, SampleRound, StepRecord, TrainConfig, TrainError};
 
 const STATE: &str = "trainer_state.json";
 const STATES: &str = "optimizer.safetensors";
@@ -31,6 +31,8 @@ pub struct TrainerState {
     pub eval_before: Option<f64>,
     /// The eval loss after this very step, where it was measured.
     pub eval_loss: Option<f64>,
+    /// What is told of this very step, where the run was stopped before it had measured on the held-out rows.
+    pub unmeasured: Option<StepRecord>,
     /// Steps without an update so far, as their loss or their gradients were no numbers.
     pub skipped: u64,
     /// How many of them came last, with no other step between or behind.
@@ -50,6 +52,7 @@ impl TrainerState {
             best_adapter: None,
             eval_before: None,
             eval_loss: None,
+            unmeasured: None,
             skipped: 0,
             skipped_in_a_row: 0,
             data_key,

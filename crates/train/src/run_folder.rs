@@ -120,12 +120,19 @@ impl RunFolder {
         self.root.join("checkpoints")
     }
 
-    /// Writes a file whole, to a temporary name beside it, synced and renamed.
+    /// Writes a file whole, to a temporary name beside it, synced and renamed; then reads it back.
     pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
         let write = || {
             let mut file = AtomicWriteFile::open(path)?;
             file.write_all(bytes)?;
-            file.commit()
+            file.commit()?;
+            if pronk_files::holds(path, bytes)? {
+                return Ok(());
+            }
+            Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the file reads back different from what was written",
+            ))
         };
         write().map_err(TrainError::io(path))
     }

@@ -1,6 +1,7 @@
 mod not_finite;
 mod saving;
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -161,31 +162,24 @@ impl<'a> Trainer<'a> {
     fn all_steps(&mut self, observer: &mut dyn Observer, stop: &AtomicBool) -> Result<Ending, TrainError> {
         if self.state.step == 0 {
             self.folder.rewind_log(None)?;
-            self.before_the_first_step(observer)?;
+            if !self.before_the_first_step(observer, stop)? {
+                return Ok(self.interrupted());
+            }
         } else {
             self.folder.rewind_log(Some(self.state.step))?;
         }
         self.take_memory();
-        while self.state.step < self.plan.total_steps {
+        // What a stop came in between of is taken up where it was.
+        let mut taken = self.state.unmeasured.take();
+        if let Some(record) = &taken {
+            self.folder.rewind_log(Some(record.step - 1))?;
+        }
+        while taken.is_some() || self.state.step < self.plan.total_steps {
             self.heed_save(observer, stop)?;
-            let mut record = self.step(observer)?;
-            let (done, last) = (self.state.step, self.state.step == self.plan.total_steps);
-            let mut is_best = false;
-            if is_due(done, self.config.eval_steps) || (last && self.config.eval_steps > 0) {
-                (record.eval_loss, is_best) = self.evaluate_and_compare()?;
-            }
-            self.saved(observer, stop, |run| run.folder.log(&record))?;
-            observer.step(&record, self.plan.total_steps);
-            if done == self.plan.total_steps.div_ceil(2) && !last {
-                self.answer_samples(observer)?;
-                self.saved(observer, stop, Self::write_samples)?;
-            }
-            let stopping = !last && stop.load(Ordering::Relaxed);
-            let due = is_due(done, self.config.save_steps) || last || stopping;
-            self.begin_save(is_best, due && self.config.save_steps > 0, observer, stop)?;
-            if stopping {
+            let record = taken.take().map_or_else(|| self.step(observer), Ok)?;
+            if self.conclude(record, observer, stop)?.is_break() {
                 self.finish_save(observer, stop)?;
-                return Ok(Ending::Interrupted { step: done, saved: self.config.save_steps > 0 });
+                return Ok(self.interrupted());
             }
         }
         self.finish_save(observer, stop)?;
@@ -198,10 +192,45 @@ impl<'a> Trainer<'a> {
         Ok(Ending::Finished(Summary { steps: self.plan.total_steps, eval_before, best, skipped }))
     }
 
+    /// What is due after a step: measuring, telling, answering, saving. Breaks where the run is to stop; then it is saved.
+    fn conclude(
+        &mut self,
+        mut record: StepRecord,
+        observer: &mut dyn Observer,
+        stop: &AtomicBool,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        let (done, last) = (self.state.step, self.state.step == self.plan.total_steps);
+        let stopping = || !last && stop.load(Ordering::Relaxed);
+        let mut is_best = false;
+        if is_due(done, self.config.eval_steps) || (last && self.config.eval_steps > 0) {
+            (record.eval_loss, is_best) = self.evaluate_and_compare(stopping)?;
+            let left_off = record.eval_loss.is_none() && !self.data.validation.is_empty();
+            self.state.unmeasured = left_off.then(|| record.clone());
+        }
+        self.saved(observer, stop, |run| run.folder.log(&record))?;
+        observer.step(&record, self.plan.total_steps);
+        if done == self.plan.total_steps.div_ceil(2) && !last && self.state.unmeasured.is_none() {
+            self.answer_samples(observer)?;
+            self.saved(observer, stop, Self::write_samples)?;
+        }
+        let stopping = stopping() || self.state.unmeasured.is_some();
+        let due = is_due(done, self.config.save_steps) || last || stopping;
+        self.begin_save(is_best, due && self.config.save_steps > 0, observer, stop)?;
+        Ok(if stopping { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+
+    fn interrupted(&self) -> Ending {
+        Ending::Interrupted { step: self.state.step, saved: self.config.save_steps > 0 }
+    }
+
     /// The worst comes first, so that a run that does not fit ends in its first minute: the longest
     /// micro-batch, unless there is plenty of memory for it, a save, an evaluation, the samples. Nothing is
-    /// tried twice here.
-    fn before_the_first_step(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {
+    /// tried twice here. False where it was stopped meanwhile.
+    fn before_the_first_step(
+        &mut self,
+        observer: &mut dyn Observer,
+        stop: &AtomicBool,
+    ) -> Result<bool, TrainError> {
         let longest = self.largest_micro_batch();
         if !self.memory.is_roomy_for(&longest) {
             observer.note("rehearsing the longest micro-batch");
@@ -219,11 +248,11 @@ impl<'a> Trainer<'a> {
         self.write_samples()?;
         if self.config.eval_steps > 0 && !self.data.validation.is_empty() {
             observer.note("measuring the base on the held-out rows");
-            let eval_loss = self.evaluate()?;
+            let Some(eval_loss) = self.evaluate(|| stop.load(Ordering::Relaxed))? else { return Ok(false) };
             self.state.eval_before = Some(eval_loss);
             self.folder.log(&EvalRecord { step: 0, epoch: 0.0, eval_loss })?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Takes what the graphs of the next micro-batch will lie in, so that the first step does not ask for it page by page.
@@ -317,14 +346,20 @@ impl<'a> Trainer<'a> {
         self.plan.largest_micro_batch(&self.data.train, self.micro_batches)
     }
 
-    /// Mean loss over the held-out rows' supervised tokens.
-    fn evaluate(&self) -> Result<f64, TrainError> {
+    /// Mean loss over the held-out rows' supervised tokens; none where it was `stopping` meanwhile.
+    fn evaluate(&self, stopping: impl Fn() -> bool) -> Result<Option<f64>, TrainError> {
         let _eval = trace_span!("eval").entered();
         let rows: Vec<usize> = (0..self.data.validation.len()).collect();
         let batches = laid_out(&self.data.validation, &rows, self.micro_batches);
         let supervised: usize = batches.iter().map(PackedBatch::supervised).sum();
-        let sums = batches.iter().map(|batch| scalar(&loss_only(self.decoder, Some(&self.adapter), batch)));
-        Ok(sums.sum::<Result<f64, _>>()? / supervised as f64)
+        let mut sum = 0.0;
+        for batch in &batches {
+            if stopping() {
+                return Ok(None);
+            }
+            sum += scalar(&loss_only(self.decoder, Some(&self.adapter), batch))?;
+        }
+        Ok(Some(sum / supervised as f64))
     }
 }
 

@@ -228,12 +228,16 @@ impl Trainer<'_> {
         self.state.step - self.state.skipped > u64::from(self.config.warmup_steps > 0)
     }
 
-    /// Measures the loss on the held-out rows, and says whether it is the lowest so far.
-    pub(super) fn evaluate_and_compare(&mut self) -> Result<(Option<f64>, bool), TrainError> {
+    /// Measures the loss on the held-out rows, and says whether it is the lowest so far. There is none without such rows,
+    /// and where it was `stopping` meanwhile.
+    pub(super) fn evaluate_and_compare(
+        &mut self,
+        stopping: impl Fn() -> bool,
+    ) -> Result<(Option<f64>, bool), TrainError> {
         if self.data.validation.is_empty() {
             return Ok((None, false));
         }
-        let loss = self.evaluate()?;
+        let Some(loss) = self.evaluate(stopping)? else { return Ok((None, false)) };
         self.state.eval_loss = Some(loss);
         let is_lowest = loss.is_finite() && self.state.best.is_none_or(|(best, _)| loss < best);
         let is_best = is_lowest && self.has_learned();
