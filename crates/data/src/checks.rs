@@ -3,6 +3,7 @@
 mod mojibake;
 mod near_duplicates;
 mod rows;
+mod shingles;
 
 use serde::{Deserialize, Serialize};
 
@@ -81,7 +82,7 @@ impl Check {
             Self::NearDuplicates => {
                 "the eval loss is too good by them; leave one of each pair out of the data, or hold out other rows"
             }
-            Self::EmptyOutputs => "they teach to stop at once; leave these records out",
+            Self::EmptyOutputs => "they teach to say nothing; leave these records out",
             Self::Mojibake => "the file was read in a wrong encoding once; repair it, for instance with ftfy",
             Self::OneAnswer => {
                 "a model learns to give it whatever is asked; leave most of them out, unless the task has few answers"

@@ -71,6 +71,17 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
     },
+    /// A record that goes on and on.
+    #[error(
+        "{origin}: it is longer than {most} MiB, the most that a record may be; expected a JSON array of records \
+         `[{{..}}, {{..}}]`, one record a line, or a table with a record a row. Cut it into several, or leave it out"
+    )]
+    TooLong {
+        /// Which record.
+        origin: Origin,
+        /// The limit, in MiB.
+        most: usize,
+    },
     /// A table whose columns are strangers.
     #[error(
         "{}: the columns are {found}; expected instruction and output, prompt and completion, or text. Name them by \

@@ -27,7 +27,8 @@ impl TokenizedExample {
 
     /// The same row, borrowed.
     pub fn view(&self) -> ExampleView<'_> {
-        ExampleView { token_ids: &self.token_ids, loss_mask: &self.loss_mask }
+        let Self { token_ids, loss_mask } = self;
+        ExampleView { token_ids, loss_mask, answers: loss_mask }
     }
 }
 
@@ -38,6 +39,8 @@ pub struct ExampleView<'a> {
     pub token_ids: &'a [u32],
     /// Which tokens are labels, `[tokens]`.
     pub loss_mask: &'a [bool],
+    /// Which of the labels are an answer's, `[tokens]`: all of them, unless the prompt is learned too.
+    pub answers: &'a [bool],
 }
 
 impl ExampleView<'_> {
@@ -51,9 +54,28 @@ impl ExampleView<'_> {
         self.loss_mask.iter().filter(|&&label| label).count()
     }
 
+    /// What a prepared file says of each token: see [`mark`].
+    pub(crate) fn marks(&self) -> impl Iterator<Item = u8> + '_ {
+        self.loss_mask.iter().zip(self.answers).map(|(&label, &answer)| mark(label, answer))
+    }
+
     /// A row of its own.
     pub fn to_example(&self) -> TokenizedExample {
         TokenizedExample { token_ids: self.token_ids.to_vec(), loss_mask: self.loss_mask.to_vec() }
+    }
+}
+
+/// The mark of a label that is no answer's.
+pub(crate) const PROMPT: u8 = 2;
+/// The mark of an answer's label.
+pub(crate) const ANSWER: u8 = 1;
+
+/// A token in a prepared file: no label, an answer's, or a prompt's that is learned too.
+pub(crate) fn mark(label: bool, answer: bool) -> u8 {
+    match (label, answer) {
+        (false, _) => 0,
+        (true, true) => ANSWER,
+        (true, false) => PROMPT,
     }
 }
 
@@ -111,6 +133,8 @@ pub enum Tokenized {
     Kept {
         /// The row.
         example: TokenizedExample,
+        /// Which of its labels are an answer's, `[tokens]`.
+        answers: Vec<bool>,
         /// Whether its end was cut off to fit `max_seq_len`; such a row does not end in EOS.
         truncated: bool,
     },
@@ -210,7 +234,8 @@ fn row(
     }
     let loss_mask =
         is_response.iter().enumerate().map(|(i, &response)| i > 0 && (response || train_on_inputs)).collect();
-    Tokenized::Kept { example: TokenizedExample { token_ids, loss_mask }, truncated }
+    is_response.first_mut().into_iter().for_each(|first| *first = false); // it is no label
+    Tokenized::Kept { example: TokenizedExample { token_ids, loss_mask }, answers: is_response, truncated }
 }
 
 #[cfg(test)]

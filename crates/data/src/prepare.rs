@@ -14,7 +14,7 @@ mod held_out;
 mod workers;
 
 use crate::error::DataError;
-use crate::example::{RowConfig, Tokenized};
+use crate::example::{ExampleView, RowConfig, Tokenized};
 use crate::files;
 use crate::order::{Mixture, Part};
 use crate::prepared::file::{About, Tensor, offsets, write};
@@ -247,12 +247,13 @@ impl Collecting {
     /// A row if there is one; the others are counted.
     fn keep(&mut self, (file, origin): workers::Place, outcome: Tokenized) -> Result<(), DataError> {
         match outcome {
-            Tokenized::Kept { example, truncated } => {
+            Tokenized::Kept { example, answers, truncated } => {
+                let row = ExampleView { answers: &answers, ..example.view() };
                 self.report.truncated += usize::from(truncated);
-                self.report.count_row(example.view());
+                self.report.count_row(row);
                 self.hashes.push(hash_of(&example.token_ids));
                 self.rows_of.get_mut(file).into_iter().for_each(|rows| *rows += 1);
-                self.spool.push(example.view())
+                self.spool.push(row)
             }
             Tokenized::Dropped(reason) => {
                 self.report.count_dropped(reason, &origin);
@@ -381,8 +382,7 @@ impl SpooledRows {
             let ids = read(Column::TokenIds)?;
             let marks = read(Column::LossMask)?;
             let ids = ids.as_chunks().0.iter().map(|&id| u32::from_le_bytes(id)).collect();
-            let marks = marks.into_iter().map(|mark| mark == 1).collect();
-            Ok(Rows::from_columns(ids, marks, ends.into_iter().map(|end| end as usize).collect()))
+            Ok(Rows::from_columns(ids, &marks, ends.into_iter().map(|end| end as usize).collect()))
         };
         let read = |failure: io::Error| {
             DataError::io(self.spool.dir(), "read the prepared rows in this folder")(failure)

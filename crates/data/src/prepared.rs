@@ -2,7 +2,9 @@
 
 pub(crate) mod file;
 
-use crate::example::{ExampleView, TokenizedExample};
+use std::ops::Range;
+
+use crate::example::{ANSWER, ExampleView, PROMPT, TokenizedExample, mark};
 use crate::order::Mixture;
 use crate::report::PrepareReport;
 
@@ -25,27 +27,38 @@ pub struct PreparedDataset {
     pub max_seq_len: usize,
 }
 
-/// Many rows in three vectors instead of two for each.
+/// Many rows in a few vectors instead of two for each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rows {
     /// All rows' token ids, `[tokens]`.
     token_ids: Vec<u32>,
     /// All rows' label marks, `[tokens]`.
     loss_mask: Vec<bool>,
+    /// Which of the labels are an answer's, `[tokens]`; empty where all are, as no prompt is learned.
+    answers: Vec<bool>,
     /// Row `i` is `offsets[i]..offsets[i + 1]`, `[rows + 1]`; begins with 0.
     offsets: Vec<usize>,
 }
 
 impl Default for Rows {
     fn default() -> Self {
-        Self { token_ids: Vec::new(), loss_mask: Vec::new(), offsets: vec![0] }
+        Self { token_ids: Vec::new(), loss_mask: Vec::new(), answers: Vec::new(), offsets: vec![0] }
     }
 }
 
 impl Rows {
-    /// From columns that fit each other.
-    pub(crate) fn from_columns(token_ids: Vec<u32>, loss_mask: Vec<bool>, offsets: Vec<usize>) -> Self {
-        Self { token_ids, loss_mask, offsets }
+    /// From columns that fit each other: token ids, their marks, and where rows begin and end.
+    pub(crate) fn from_columns(token_ids: Vec<u32>, marks: &[u8], offsets: Vec<usize>) -> Self {
+        let loss_mask = marks.iter().map(|&mark| mark != 0).collect();
+        let learned = if marks.contains(&PROMPT) { marks } else { &[] };
+        let answers = learned.iter().map(|&mark| mark == ANSWER).collect();
+        Self { token_ids, loss_mask, answers, offsets }
+    }
+
+    /// The marks of all tokens.
+    pub(crate) fn marks(&self) -> impl Iterator<Item = u8> + '_ {
+        let answer = |at: usize, label: bool| self.answers.get(at).copied().unwrap_or(label);
+        self.loss_mask.iter().enumerate().map(move |(at, &label)| mark(label, answer(at, label)))
     }
 
     /// How many rows there are.
@@ -75,29 +88,22 @@ impl Rows {
 
     /// Row `index`, if there is one.
     pub fn get(&self, index: usize) -> Option<ExampleView<'_>> {
-        let range = *self.offsets.get(index)?..*self.offsets.get(index.checked_add(1)?)?;
-        Some(ExampleView {
-            token_ids: self.token_ids.get(range.clone())?,
-            loss_mask: self.loss_mask.get(range)?,
-        })
+        self.view(*self.offsets.get(index)?..*self.offsets.get(index.checked_add(1)?)?)
+    }
+
+    /// The row that lies there.
+    fn view(&self, range: Range<usize>) -> Option<ExampleView<'_>> {
+        let loss_mask = self.loss_mask.get(range.clone())?;
+        let answers = if self.answers.is_empty() { loss_mask } else { self.answers.get(range.clone())? };
+        Some(ExampleView { token_ids: self.token_ids.get(range)?, loss_mask, answers })
     }
 
     /// All rows, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = ExampleView<'_>> + '_ {
         self.offsets.windows(2).map(|ends| {
             let range = ends.first().copied().unwrap_or(0)..ends.last().copied().unwrap_or(0);
-            ExampleView {
-                token_ids: self.token_ids.get(range.clone()).unwrap_or_default(),
-                loss_mask: self.loss_mask.get(range).unwrap_or_default(),
-            }
+            self.view(range).unwrap_or(ExampleView { token_ids: &[], loss_mask: &[], answers: &[] })
         })
-    }
-
-    /// Adds a row at the end.
-    pub(crate) fn push(&mut self, row: ExampleView<'_>) {
-        self.token_ids.extend_from_slice(row.token_ids);
-        self.loss_mask.extend_from_slice(row.loss_mask);
-        self.offsets.push(self.token_ids.len());
     }
 }
 
@@ -105,7 +111,9 @@ impl<'a> FromIterator<&'a TokenizedExample> for Rows {
     fn from_iter<I: IntoIterator<Item = &'a TokenizedExample>>(examples: I) -> Self {
         let mut rows = Self::default();
         for example in examples {
-            rows.push(example.view());
+            rows.token_ids.extend_from_slice(&example.token_ids);
+            rows.loss_mask.extend_from_slice(&example.loss_mask);
+            rows.offsets.push(rows.token_ids.len());
         }
         rows
     }

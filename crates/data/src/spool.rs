@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::DataError;
 use crate::example::ExampleView;
 
-/// Two files without a name, gone when they are closed: token ids (u32, little-endian) and label marks (u8). In
+/// Two files without a name, gone when they are closed: token ids (u32, little-endian) and their marks (u8). In
 /// memory are 8 bytes a row.
 pub(crate) struct Spool {
     dir: PathBuf,
@@ -42,7 +42,7 @@ impl Spool {
             for id in row.token_ids {
                 self.token_ids.write_all(&id.to_le_bytes())?;
             }
-            row.loss_mask.iter().try_for_each(|&label| self.loss_mask.write_all(&[u8::from(label)]))
+            row.marks().try_for_each(|mark| self.loss_mask.write_all(&[mark]))
         };
         write().map_err(failed(&self.dir))?;
         self.ends.push(self.ends.last().copied().unwrap_or(0) + row.tokens() as u64);

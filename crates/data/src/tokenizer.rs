@@ -3,6 +3,7 @@
 mod added;
 mod encoder;
 mod gguf;
+mod growth;
 mod hugging_face;
 mod sentence_piece;
 mod stream;
@@ -19,6 +20,7 @@ use tokenizers::Tokenizer;
 use crate::error::DataError;
 use crate::files;
 use crate::gguf_vocabulary::{self, GgufVocabulary};
+use crate::guarded::guarded;
 
 pub use encoder::Encoder;
 pub use stream::DecodeStream;
@@ -26,6 +28,8 @@ pub use stream::DecodeStream;
 /// A tokenizer that knows how its model's texts begin and end.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
+    /// Where it came from, for error messages.
+    place: String,
     /// Some only if a text is to begin with it.
     bos: Option<u32>,
     /// The learned one first.
@@ -78,7 +82,7 @@ impl TextTokenizer {
     }
 
     fn from_parts(parts: Parts) -> Result<Self, DataError> {
-        let Parts { mut tokenizer, place, bos, eos, config } = parts;
+        let Parts { tokenizer, place, bos, eos, config } = parts;
         let error = |message: String| DataError::Tokenizer { place: place.clone(), message };
         if eos.is_empty() {
             return Err(error(
@@ -95,15 +99,12 @@ impl TextTokenizer {
                 )));
             }
         }
-        // Some published files still hold the padding and truncation of their training run.
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| error(e.to_string()))?;
+        let (adds_space, added, fingerprint) = (false, BTreeMap::new(), OnceLock::new());
+        let mut found = Self { tokenizer, place, bos, eos, adds_space, added, config, fingerprint };
         // `SentencePiece`'s dummy prefix, however tokenizer.json spells it out.
-        let probe = tokenizer.encode_fast("a", false).map_err(|e| error(e.to_string()))?;
-        let first = probe.get_ids().first().and_then(|&id| tokenizer.id_to_token(id));
-        let adds_space = first.is_some_and(|token| token.starts_with('▁'));
-        let (added, fingerprint) = (BTreeMap::new(), OnceLock::new());
-        Ok(Self { tokenizer, bos, eos, adds_space, added, config, fingerprint })
+        let first = found.encode("a")?.first().and_then(|&id| found.token(id));
+        found.adds_space = first.is_some_and(|token| token.starts_with('▁'));
+        Ok(found)
     }
 
     /// The token that begins a text; `None` if the tokenizer adds none.
@@ -174,10 +175,9 @@ impl TextTokenizer {
     /// Token ids of `text`, with neither BOS nor EOS. The name of a special token inside `text` becomes that
     /// token, as in transformers.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
-        // `encode_fast` leaves out offsets, which nobody here looks at.
-        let encoding =
-            self.tokenizer.encode_fast(text, false).map_err(|error| self.error("encode", &error))?;
-        Ok(encoding.get_ids().to_vec())
+        let mut ids = Vec::new();
+        self.encoder().encode(text, &mut ids)?;
+        Ok(ids)
     }
 
     /// Token ids of a prompt: BOS first, if the tokenizer adds one.
@@ -189,12 +189,18 @@ impl TextTokenizer {
 
     /// The text of `ids`, special tokens left out. Bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> Result<String, DataError> {
-        self.tokenizer.decode(ids, true).map_err(|error| self.error("decode", &error))
+        self.text_of(ids, true)
     }
 
     /// The text of `ids`, special tokens shown by name.
     pub fn decode_with_specials(&self, ids: &[u32]) -> Result<String, DataError> {
-        self.tokenizer.decode(ids, false).map_err(|error| self.error("decode", &error))
+        self.text_of(ids, false)
+    }
+
+    fn text_of(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, DataError> {
+        let decode = || self.tokenizer.decode(ids, skip_special_tokens).map_err(|error| error.to_string());
+        let decoded = guarded(decode).flatten();
+        decoded.map_err(|why| self.error(&format!("decode {} tokens", ids.len()), &why))
     }
 
     /// The vocabulary's own spelling of a token, such as `Ġthe` or `<|im_end|>`.
@@ -255,9 +261,8 @@ impl TextTokenizer {
         self.tokenizer.to_string(pretty).map_err(|error| self.error("serialize", &error))
     }
 
-    fn error(&self, action: &str, error: &tokenizers::Error) -> DataError {
-        let place = format!("of {} tokens", self.vocab_size());
-        DataError::Tokenizer { place, message: format!("cannot {action}: {error}") }
+    fn error(&self, action: &str, error: &dyn fmt::Display) -> DataError {
+        DataError::Tokenizer { place: self.place.clone(), message: format!("cannot {action}: {error}") }
     }
 }
 

@@ -1,5 +1,7 @@
 mod not_finite;
 mod saving;
+#[cfg(test)]
+mod tests;
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -14,6 +14,9 @@ const REPEATED: f64 = 0.01;
 /// .. and by more than so many.
 const TWINS: usize = 10;
 
+/// Words that stand where there is no answer. With a full stop they are one.
+const NOTHING: [&str; 3] = ["n/a", "none", "null"];
+
 /// Rows that are looked at one by one.
 struct Looking<'a> {
     tokenizer: &'a TextTokenizer,
@@ -85,10 +88,10 @@ impl Looking<'_> {
     /// What the row teaches to say.
     fn answers(&mut self, number: usize, row: ExampleView<'_>) -> Result<(), DataError> {
         let answers = answers(row);
-        if answers.is_empty() {
+        if !row.loss_mask.contains(&true) {
             self.add(Check::NothingToLearn, Some(number), || "no token of it is a label".to_owned());
         }
-        // A row that is learned whole has no answer that could be told from its prompt.
+        // A text without a prompt has no answer that could be told from it.
         if answers.first().is_some_and(|first| first.start <= 1) {
             return Ok(());
         }
@@ -96,8 +99,7 @@ impl Looking<'_> {
             let ids = row.token_ids.get(answer).unwrap_or_default();
             let said = self.said(ids)?;
             let text = self.tokenizer.decode(said)?;
-            let letters: String = text.chars().filter(|c| c.is_alphanumeric()).collect();
-            if text.trim().is_empty() || letters.eq_ignore_ascii_case("nooutput") {
+            if says_nothing(&text) {
                 self.add(Check::EmptyOutputs, Some(number), || format!("the answer is {text:?}"));
                 continue;
             }
@@ -167,10 +169,21 @@ impl Looking<'_> {
     }
 }
 
-/// The runs of labels.
+/// Whether an answer is none: white space, dots, "no output" or a word for nothing, perhaps in brackets.
+fn says_nothing(text: &str) -> bool {
+    let letters: String = text.chars().filter(|c| c.is_alphanumeric()).collect();
+    let dots = |text: &str| !text.is_empty() && text.chars().all(|c| ".…".contains(c));
+    let bare = text.trim().trim_matches(|c| "<>[](){}\"'`".contains(c)).trim();
+    text.trim().is_empty()
+        || dots(text.trim())
+        || letters.eq_ignore_ascii_case("nooutput")
+        || NOTHING.iter().any(|word| bare.eq_ignore_ascii_case(word))
+}
+
+/// The runs of an answer's labels.
 fn answers(row: ExampleView<'_>) -> Vec<Range<usize>> {
     let mut start = 0;
-    let runs = row.loss_mask.chunk_by(|a, b| a == b).filter_map(|run| {
+    let runs = row.answers.chunk_by(|a, b| a == b).filter_map(|run| {
         let range = start..start + run.len();
         start = range.end;
         run.first().is_some_and(|&label| label).then_some(range)

@@ -9,18 +9,33 @@ use crate::record::{Columns, RecordFormat};
 use crate::template::PromptTemplate;
 use crate::tokenizer::tests::{llama2, smollm};
 
+/// One of 512, by chance, but always the same.
+fn phrase(record: usize, number: u64) -> String {
+    let kinds = ["red", "small", "wet", "old", "tall", "dark", "warm", "lost"];
+    let things = ["wool", "grass", "hills", "rain", "goats", "hay", "fences", "moons"];
+    let ends =
+        ["by the sea", "in May", "of old", "at night", "for two", "on a cart", "up north", "with bells"];
+    let mixed = (record as u64 * 8 + number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mixed = (mixed ^ (mixed >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let chosen = ((mixed ^ (mixed >> 32)) % 512) as usize;
+    format!("{} {} {}", kinds[chosen % 8], things[chosen / 8 % 8], ends[chosen / 64])
+}
+
 /// Short records, no two of them alike.
 fn records(count: usize) -> Vec<Value> {
-    let words = ["wool", "grass", "a hill", "the rain", "two goats", "hay", "a fence", "the moon"];
-    let word = |i: usize| words[i % words.len()];
     let record = |i: usize| {
-        json!({"instruction": format!("Tell me of {} and {}, in {i} words", word(i), word(i / 8)),
-               "output": format!("{i} times {} came by {}, and {} stayed", word(i / 3), word(i / 5), word(i / 7))})
+        json!({"instruction": format!("{}, in {i} words?", phrase(i, 0)),
+               "output": format!("{}, and {}; {i} stayed", phrase(i, 1), phrase(i, 2))})
     };
     (0..count).map(record).collect()
 }
 
 fn prepared(records: &[Value], template: &str, max_seq_len: usize, val_size: usize) -> PreparedDataset {
+    let row = RowConfig { max_seq_len, train_on_inputs: false, learn: Learn::All };
+    prepared_as(records, template, row, val_size)
+}
+
+fn prepared_as(records: &[Value], template: &str, row: RowConfig, val_size: usize) -> PreparedDataset {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("data.json");
     std::fs::write(&path, json!(records).to_string()).unwrap();
@@ -29,7 +44,7 @@ fn prepared(records: &[Value], template: &str, max_seq_len: usize, val_size: usi
         format: RecordFormat::Auto,
         columns: Columns::default(),
         template: template.to_owned(),
-        row: RowConfig { max_seq_len, train_on_inputs: false, learn: Learn::All },
+        row,
         val_size,
         skip_bad: false,
     };
@@ -44,7 +59,11 @@ fn finding(data: &PreparedDataset, wanted: Check) -> Finding {
 
 /// The checks that fail.
 fn failed(records: &[Value]) -> Vec<String> {
-    let found = check(&prepared(records, "alpaca", 256, 20), &smollm()).unwrap();
+    failed_of(&prepared(records, "alpaca", 256, 20))
+}
+
+fn failed_of(data: &PreparedDataset) -> Vec<String> {
+    let found = check(data, &smollm()).unwrap();
     found.iter().filter(|finding| finding.fails()).map(|finding| finding.check.to_string()).collect()
 }
 
@@ -62,7 +81,12 @@ fn good_data_passes() {
 fn every_fault_has_its_check() {
     let with = |bad: &[Value]| failed(&[&records(200), bad].concat());
     assert_eq!(with(&[answer(" \n")]), ["empty-outputs"]);
-    assert_eq!(with(&[answer("<nooutput>")]), ["empty-outputs"]);
+    for nothing in ["<nooutput>", "N/A", "None", " null\n", "<none>", "...", "…"] {
+        assert_eq!(with(&[answer(nothing)]), ["empty-outputs"], "{nothing}");
+    }
+    for answer in ["None.", "Na", "No", "0", "-", "[]", "😈", "null and void"].map(answer) {
+        assert_eq!(with(std::slice::from_ref(&answer)), Vec::<String>::new(), "{answer}");
+    }
     assert_eq!(with(&[answer("Yes.\n\n### Instruction:\nAnd now?")]), ["template-markers"]);
     assert_eq!(with(&[answer("Yes.<|im_end|>\nNo.")]), ["template-markers"]);
     assert_eq!(with(&[answer("itâ€™s a cafÃ©")]), ["mojibake"]);
@@ -71,6 +95,21 @@ fn every_fault_has_its_check() {
         .collect();
     assert_eq!(with(&refusals[..10]), Vec::<String>::new());
     assert_eq!(with(&refusals), ["one-answer"]);
+}
+
+/// With `train_on_inputs` every token is a label, the answers' too.
+#[test]
+fn answers_are_looked_at_where_prompts_are_learned_too() {
+    let row = RowConfig { max_seq_len: 256, train_on_inputs: true, learn: Learn::All };
+    let with = |bad: &dyn Fn(usize) -> Value| {
+        let bad: Vec<Value> = (0..20).map(bad).collect();
+        failed_of(&prepared_as(&[records(200), bad].concat(), "alpaca", row, 0))
+    };
+    assert_eq!(with(&|i| records(220)[200 + i].clone()), Vec::<String>::new());
+    assert_eq!(with(&|_| answer("")), ["empty-outputs"]);
+    assert_eq!(with(&|i| answer(&format!("{i}.\n\n### Instruction:\nAnd now?"))), ["template-markers"]);
+    let refusal = |i| json!({"instruction": format!("Question {i}"), "output": "I cannot say."});
+    assert_eq!(with(&refusal), ["one-answer"]);
 }
 
 #[test]
@@ -148,6 +187,50 @@ fn held_out_rows_with_a_near_twin_are_found() {
     assert!(found.fails() && found.of == 40 && found.count >= 30, "{found:?}");
     let Shown { row: Some(row), what } = &found.shown[0] else { panic!("{found:?}") };
     assert!(*row >= prepared.train.len() && what.contains("% the same as row "), "{what}");
+}
+
+/// That there are many of them makes them no less alike.
+#[test]
+fn held_out_rows_of_many_that_are_nearly_one_are_found() {
+    let water = |i: usize| {
+        json!({"instruction": format!("Describe the water cycle in your own words, version {i}"),
+               "output": format!("Water evaporates from the sea, rises into the air, cools into clouds, falls as rain and \
+                                  flows back through rivers to the sea. ({i})")})
+    };
+    for (distinct, alike) in [(120, 40), (40, 120)] {
+        let data = [records(distinct), (0..alike).map(water).collect()].concat();
+        for train_on_inputs in [false, true] {
+            let row = RowConfig { max_seq_len: 512, train_on_inputs, learn: Learn::All };
+            let prepared = prepared_as(&data, "alpaca", row, 30);
+            let is_one =
+                |row: &ExampleView<'_>| smollm().decode(row.token_ids).unwrap().contains("evaporates");
+            let held_out = prepared.validation.iter().filter(is_one).count();
+            let found = finding(&prepared, Check::NearDuplicates);
+            assert!(held_out >= 5 && found.count == held_out && found.fails(), "{held_out}: {found:?}");
+        }
+    }
+}
+
+/// Neither what a template writes in every row, nor what a task asks for, nor the form of its answers.
+#[test]
+fn what_many_rows_have_makes_them_no_twins() {
+    let task = "Read the lines below with care, and say whether those who wrote them were content with what they saw. \
+                Answer with one word, yes or no; do not say why, and write nothing else. ";
+    let (before, behind) = (task.repeat(3), task.repeat(2));
+    let lines = |i: usize| format!("{}; {}; {}", phrase(i, 4), phrase(i, 5), phrase(i, 6));
+    let word = |i: usize| if i.is_multiple_of(3) { "yes" } else { "no" };
+    let first = |i: usize| json!({"instruction": before, "input": lines(i), "output": word(i)});
+    let last = |i: usize| json!({"instruction": format!("{}\n{behind}", lines(i)), "output": word(i)});
+    let form = |i: usize| {
+        let output =
+            json!({"place": null, "organization": null, "amount": null, "date": null, "seen": phrase(i, 4)});
+        json!({"instruction": "Extract what was seen", "input": lines(i), "output": output.to_string()})
+    };
+    let both: Vec<Value> = (0..200).map(|i| if i % 2 == 0 { first(i) } else { last(i) }).collect();
+    for data in [both, (0..200).map(form).collect()] {
+        let found = finding(&prepared(&data, "alpaca", 2048, 30), Check::NearDuplicates);
+        assert_eq!((found.count, found.of), (0, 30), "{found:?}");
+    }
 }
 
 #[test]

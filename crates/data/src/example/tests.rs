@@ -24,7 +24,7 @@ fn tokenize(
 
 fn kept(outcome: Tokenized) -> (TokenizedExample, bool) {
     match outcome {
-        Tokenized::Kept { example, truncated } => (example, truncated),
+        Tokenized::Kept { example, truncated, .. } => (example, truncated),
         Tokenized::Dropped(reason) => panic!("dropped: {reason}"),
     }
 }

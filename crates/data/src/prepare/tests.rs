@@ -6,7 +6,7 @@ use tempfile::TempDir;
 use super::workers::CHUNK;
 use super::*;
 use crate::example::{DropReason, ExampleView, Learn};
-use crate::tokenizer::tests::{llama2, smollm};
+use crate::tokenizer::tests::{edit, llama2, saved, smollm, split_for_ever};
 
 const ROW: RowConfig = RowConfig { max_seq_len: 256, train_on_inputs: false, learn: Learn::All };
 
@@ -55,6 +55,23 @@ fn a_record_that_a_template_never_ends_with_is_named() {
     assert!(error.contains("record 301") && error.contains("not rendered after 5 s"), "{error}");
 }
 
+/// A regular expression of the tokenizer, whose reader panics on a worker's thread.
+#[test]
+fn a_record_that_a_tokenizer_gives_up_on_is_named() {
+    let (dir, base) = (TempDir::new().unwrap(), saved(&smollm()));
+    edit(base.path(), "tokenizer.json", split_for_ever);
+    let tokenizer = TextTokenizer::from_dir(base.path()).unwrap();
+    let rows =
+        json!([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "a".repeat(40) + "b"}]);
+    let config = config(&dir, &rows.to_string());
+    let error = prepare(&config, &tokenizer, dir.path(), &mut |_, _| ()).err().unwrap().to_string();
+    assert!(
+        error.contains("data.json: record 2: tokenizer ") && error.contains("tokenizer.json: "),
+        "{error}"
+    );
+    assert!(error.contains("cannot encode \"aaaa") && error.contains("retry-limit-in-match"), "{error}");
+}
+
 #[test]
 fn rows_keep_file_order_whatever_the_threads_do() {
     let dir = TempDir::new().unwrap();
@@ -85,6 +102,28 @@ fn held_out_rows_are_the_same_each_time_and_in_no_training_row() {
     assert!(!held_out.iter().any(|row| train.contains(row)));
     assert_eq!((prepared.report.train_rows, prepared.report.validation_rows), (80, 20));
     assert_eq!(run(&config).unwrap().validation, prepared.validation);
+}
+
+#[test]
+fn answers_are_told_from_prompts_that_are_learned_too() {
+    let dir = TempDir::new().unwrap();
+    let config = PrepareConfig { val_size: 20, ..config(&dir, &numbered(100)) };
+    let masked = run(&config).unwrap();
+    let config = PrepareConfig { row: RowConfig { train_on_inputs: true, ..ROW }, ..config };
+    let whole = run(&config).unwrap();
+    let rows = |data: &PreparedDataset| -> Vec<(Vec<bool>, Vec<bool>)> {
+        let rows = data.train.iter().chain(data.validation.iter());
+        rows.map(|row| (row.loss_mask.to_vec(), row.answers.to_vec())).collect()
+    };
+    for ((masked, answers), (whole, of_whole)) in rows(&masked).into_iter().zip(rows(&whole)) {
+        assert!(masked == answers && answers == of_whole && whole[1..].iter().all(|&label| label));
+    }
+    let out = dir.path().join("out");
+    prepare(&config, &smollm(), dir.path(), &mut |_, _| ()).unwrap().write(&out).unwrap();
+    assert_eq!(PreparedDataset::read(&out).unwrap(), whole);
+    let again = dir.path().join("again");
+    whole.write(&again).unwrap();
+    assert_eq!(fs::read(&again).unwrap(), fs::read(&out).unwrap());
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! A prepared dataset as a safetensors file.
 //!
-//! Six tensors, `train.token_ids` (u32), `train.loss_mask` (u8, 0 or 1), `train.offsets` (u64, rows + 1) and the
-//! same for `validation.`; and one metadata entry `pronk.prepared`, a JSON object with everything else and a
-//! checksum. The file is written front to back, a tensor at a time, so that none need be in memory; the checksum,
-//! known at the end, is put into the space kept for it.
+//! Six tensors, `train.token_ids` (u32), `train.loss_mask` (u8: 0, or 1 for a label of an answer, or 2 for one of a
+//! prompt that is learned too), `train.offsets` (u64, rows + 1) and the same for `validation.`; and one metadata entry
+//! `pronk.prepared`, a JSON object with everything else and a checksum of all of it. The file is written front to back,
+//! a tensor at a time, so that none need be in memory; the checksum, known at the end, is put into the space kept for it.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -19,14 +19,17 @@ use sha2::{Digest, Sha256};
 
 use super::{PreparedDataset, Rows};
 use crate::error::DataError;
+use crate::example::PROMPT;
 use crate::files;
 use crate::order::Mixture;
 use crate::report::PrepareReport;
 
 /// The metadata entry that marks the file as ours.
 const MARK: &str = "pronk.prepared";
-/// The layout that this file describes.
-const VERSION: u32 = 2;
+/// The layout that this file describes. In format 2 the checksum was that of the tensors alone.
+const VERSION: u32 = 3;
+/// What stands in the checksum's place while it is made.
+const UNSEALED: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// More header than any report needs.
 const MAX_HEADER: u64 = 16 << 20;
 
@@ -44,7 +47,7 @@ pub(crate) struct About<'a> {
 #[derive(Serialize, Deserialize)]
 struct Header<'a> {
     version: u32,
-    /// SHA-256 of all tensors' bytes, in the order of [`names`].
+    /// SHA-256 of this object with [`UNSEALED`] here, and of all tensors' bytes, in the order of [`names`].
     checksum: String,
     #[serde(flatten)]
     about: About<'a>,
@@ -89,14 +92,15 @@ fn names() -> impl Iterator<Item = (String, Dtype, u64)> {
 /// Writes the file: to a temporary name beside `path`, synced, then renamed. `tensors` are the offsets, token ids
 /// and label marks of the rows to train on and of those held out, by turns: as [`names`].
 pub(crate) fn write(path: &Path, about: About<'_>, tensors: [Tensor<'_>; 6]) -> Result<(), DataError> {
-    let unknown = "0".repeat(64);
-    let header = Header { version: VERSION, checksum: unknown.clone(), about };
+    let header = Header { version: VERSION, checksum: UNSEALED.to_owned(), about };
     let write = || -> io::Result<()> {
-        let header = safetensors_header(&serde_json::to_string(&header)?, &tensors)?;
-        let place = header.windows(64).position(|window| window == unknown.as_bytes());
+        let ours = serde_json::to_string(&header)?;
+        let header = safetensors_header(&ours, &tensors)?;
+        let place = header.windows(UNSEALED.len()).position(|window| window == UNSEALED.as_bytes());
         let mut file = AtomicWriteFile::open(path)?;
         file.write_all(&header)?;
         let mut hasher = Sha256::new();
+        files::hash_field(&mut hasher, ours.as_bytes());
         for mut tensor in tensors {
             hasher.update(tensor.bytes.to_le_bytes());
             let mut out =
@@ -162,7 +166,7 @@ impl PreparedDataset {
         let parts = [&self.train, &self.validation];
         let [a, b] = parts.map(|rows| offsets(rows.offsets.iter().map(|&offset| offset as u64)));
         let [c, d] = parts.map(|rows| rows.token_ids.iter().flat_map(|id| id.to_le_bytes()).collect());
-        let [e, f] = parts.map(|rows| rows.loss_mask.iter().map(|&label| u8::from(label)).collect());
+        let [e, f] = parts.map(|rows| rows.marks().collect());
         write(path, about, [a, b, Tensor::of(c), Tensor::of(d), Tensor::of(e), Tensor::of(f)])
     }
 
@@ -170,18 +174,18 @@ impl PreparedDataset {
     /// or damaged file is an error that says so.
     pub fn read(path: &Path) -> Result<Self, DataError> {
         let wrong = |message: String| DataError::Prepared { path: path.to_path_buf(), message };
-        let (header, bytes) = read_ours(path)?;
+        let (ours, bytes) = read_ours(path)?;
         let Probe { version } =
-            serde_json::from_str(&header).map_err(|e| wrong(format!("damaged header: {e}")))?;
+            serde_json::from_str(&ours).map_err(|e| wrong(format!("damaged header: {e}")))?;
         if version != VERSION {
             return Err(wrong(format!("written in format {version}, this pronk reads format {VERSION}")));
         }
         let header: Header<'_> =
-            serde_json::from_str(&header).map_err(|e| wrong(format!("damaged header: {e}")))?;
+            serde_json::from_str(&ours).map_err(|e| wrong(format!("damaged header: {e}")))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| {
             wrong(format!("truncated or damaged: its header does not fit its {} bytes ({e})", bytes.len()))
         })?;
-        let found = decode_all(&tensors, &header).map_err(wrong)?;
+        let found = decode_all(&tensors, &ours, &header).map_err(wrong)?;
         Ok(found)
     }
 }
@@ -218,10 +222,12 @@ fn read_ours(path: &Path) -> Result<(String, Vec<u8>), DataError> {
     Ok((ours, bytes))
 }
 
-fn decode_all(tensors: &SafeTensors<'_>, header: &Header<'_>) -> Result<PreparedDataset, String> {
+/// `header` is what stands in `ours`.
+fn decode_all(tensors: &SafeTensors<'_>, ours: &str, header: &Header<'_>) -> Result<PreparedDataset, String> {
     let train = Encoded::find(tensors, "train")?;
     let validation = Encoded::find(tensors, "validation")?;
     let mut hasher = Sha256::new();
+    files::hash_field(&mut hasher, ours.replacen(&header.checksum, UNSEALED, 1).as_bytes());
     for bytes in [
         train.offsets,
         validation.offsets,
@@ -285,7 +291,7 @@ impl<'a> Encoded<'a> {
         })
     }
 
-    /// The rows, if they are rows: every offset in range and above the one before, every mark 0 or 1, no label
+    /// The rows, if they are rows: every offset in range and above the one before, every mark 0, 1 or 2, no label
     /// on a first token, none longer than `max_seq_len`.
     fn decode(&self, part: &str, max_seq_len: usize) -> Result<Rows, String> {
         let token_ids: Vec<u32> =
@@ -294,16 +300,15 @@ impl<'a> Encoded<'a> {
             let (marks, tokens) = (self.loss_mask.len(), token_ids.len());
             return Err(format!("damaged: {part} has {marks} label marks for {tokens} tokens"));
         }
-        if let Some(at) = self.loss_mask.iter().position(|&mark| mark > 1) {
-            return Err(format!("damaged: {part}.loss_mask[{at}] is neither 0 nor 1"));
+        if let Some(at) = self.loss_mask.iter().position(|&mark| mark > PROMPT) {
+            return Err(format!("damaged: {part}.loss_mask[{at}] is neither 0, 1 nor 2"));
         }
-        let loss_mask: Vec<bool> = self.loss_mask.iter().map(|&mark| mark == 1).collect();
         let offsets = self.decode_offsets(part, token_ids.len(), max_seq_len)?;
-        let labelled = |&start: &usize| loss_mask.get(start).copied().unwrap_or(false);
+        let labelled = |&start: &usize| self.loss_mask.get(start).is_some_and(|&mark| mark != 0);
         if let Some(row) = offsets.iter().position(labelled) {
             return Err(format!("damaged: {part} row {row} has a label on its first token"));
         }
-        Ok(Rows { token_ids, loss_mask, offsets })
+        Ok(Rows::from_columns(token_ids, self.loss_mask, offsets))
     }
 
     fn decode_offsets(&self, part: &str, tokens: usize, max_seq_len: usize) -> Result<Vec<usize>, String> {

@@ -9,11 +9,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use flate2::bufread::MultiGzDecoder;
 use serde_json::Value;
 
-use super::{Columns, columnar, csv, json};
+use super::{Columns, Origin, columnar, csv, json};
 use crate::error::DataError;
 
 /// Read at a time; also how far a look at the beginning goes.
 const BUFFER: usize = 1 << 18;
+
+/// The bytes that a record of JSON, JSON Lines or CSV may have: a file without an end would be one, and fill all memory.
+/// The longest answers in published data have some 100 kB.
+pub(super) const MOST_BYTES: usize = 64 << 20;
 
 /// A record before anybody asked what it means.
 pub(super) struct Raw {
@@ -113,6 +117,12 @@ fn text_container(start: &[u8], path: &Path, columns: &Columns) -> Result<Contai
         Some(_) => Err(csv::unknown_columns(path, start)),
         None => Ok(Container::JsonLines),
     }
+}
+
+/// What is said of a record beyond [`MOST_BYTES`].
+pub(super) fn too_long(path: &Path, record: usize, line: Option<usize>) -> DataError {
+    let origin = Origin { file: Arc::from(path), record, line };
+    DataError::TooLong { origin, most: MOST_BYTES >> 20 }
 }
 
 /// A file that counts what is read from it.

@@ -1,11 +1,12 @@
 //! Tables of text: the first row names the columns.
 
+use std::io::{self, BufRead, Read};
 use std::path::{Path, PathBuf};
 
 use ::csv::{ErrorKind, Reader, ReaderBuilder, StringRecord};
 use serde_json::Value;
 
-use super::container::{Bytes, Raw};
+use super::container::{Bytes, MOST_BYTES, Raw, too_long};
 use super::{Columns, RecordFormat};
 use crate::error::DataError;
 
@@ -13,8 +14,29 @@ use crate::error::DataError;
 pub(super) struct Table {
     path: PathBuf,
     header: StringRecord,
-    reader: Reader<Bytes>,
+    reader: Reader<Bounded>,
+    records: usize,
     done: bool,
+}
+
+/// Bytes of which a row takes no more than [`MOST_BYTES`] and what its reader has read ahead.
+struct Bounded {
+    bytes: Bytes,
+    /// For the row at hand.
+    left: usize,
+}
+
+impl Read for Bounded {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let found = self.bytes.fill_buf()?;
+        if self.left == 0 && !found.is_empty() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let taken = found.take(self.left as u64).read(buffer)?;
+        self.bytes.consume(taken);
+        self.left -= taken;
+        Ok(taken)
+    }
 }
 
 impl Table {
@@ -23,9 +45,10 @@ impl Table {
         if bom {
             bytes.consume(3);
         }
+        let bytes = Bounded { bytes, left: MOST_BYTES };
         let mut reader = ReaderBuilder::new().delimiter(delimiter).from_reader(bytes);
-        let header = reader.headers().map_err(|error| broken(path, error))?.clone();
-        Ok(Self { path: path.to_path_buf(), header, reader, done: false })
+        let header = reader.headers().map_err(|error| broken(path, error, 1, Some(1)))?.clone();
+        Ok(Self { path: path.to_path_buf(), header, reader, records: 0, done: false })
     }
 }
 
@@ -37,6 +60,8 @@ impl Iterator for Table {
             return None;
         }
         let line = Some(self.reader.position().line() as usize);
+        self.reader.get_mut().left = MOST_BYTES;
+        self.records += 1;
         let mut row = StringRecord::new();
         Some(match self.reader.read_record(&mut row) {
             Ok(false) => return None,
@@ -52,16 +77,20 @@ impl Iterator for Table {
                     Ok(Raw { line, value: Err(format!("{len} fields, expected {expected_len}")) })
                 } else {
                     self.done = true;
-                    Err(broken(&self.path, error))
+                    Err(broken(&self.path, error, self.records, line))
                 }
             }
         })
     }
 }
 
-fn broken(path: &Path, error: ::csv::Error) -> DataError {
+/// `record` and `line` are where the row begins.
+fn broken(path: &Path, error: ::csv::Error, record: usize, line: Option<usize>) -> DataError {
     let place = error.position().map(|place| (place.byte(), place.line()));
     match (error.into_kind(), place) {
+        (ErrorKind::Io(source), _) if source.kind() == io::ErrorKind::FileTooLarge => {
+            too_long(path, record, line)
+        }
         (ErrorKind::Io(source), _) => DataError::io(path, "read the data file")(source),
         (ErrorKind::Utf8 { err, .. }, place) => {
             let (byte, line) = place.unwrap_or_default();

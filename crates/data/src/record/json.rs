@@ -1,12 +1,12 @@
 //! JSON arrays and JSON Lines, one record in memory at a time.
 
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::de::IgnoredAny;
 
-use super::container::{self, Bytes, Opened, Raw};
+use super::container::{self, Bytes, MOST_BYTES, Opened, Raw};
 use crate::error::DataError;
 
 /// One record a line; blank lines are passed over.
@@ -32,11 +32,15 @@ impl Lines {
         loop {
             self.offset += self.buffer.len();
             self.buffer.clear();
-            let read = self.bytes.read_until(b'\n', &mut self.buffer);
+            let mut bytes = self.bytes.by_ref().take(MOST_BYTES as u64 + 1);
+            let read = bytes.read_until(b'\n', &mut self.buffer);
             if read.map_err(DataError::io(&self.path, "read the data file"))? == 0 {
                 return Ok(false);
             }
             self.line += 1;
+            if self.buffer.len() > MOST_BYTES {
+                return Err(container::too_long(&self.path, self.records + 1, Some(self.line)));
+            }
             let blank = without_bom(&self.buffer, self.line == 1).iter().all(u8::is_ascii_whitespace);
             if !blank {
                 return Ok(true);
@@ -233,6 +237,9 @@ impl Array {
                 taken += 1;
             }
             let passed = buffer.get(..taken).unwrap_or_default();
+            if element.len() + passed.len() > MOST_BYTES {
+                return Err(container::too_long(&self.path, self.records + 1, None));
+            }
             element.extend_from_slice(passed);
             self.place.offset += taken;
             match passed.iter().rposition(|&byte| byte == b'\n') {

@@ -4,6 +4,7 @@ use std::fs;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::container::MOST_BYTES;
 use super::*;
 use crate::error::DataError;
 
@@ -329,6 +330,42 @@ fn compressed_files_are_told_by_their_first_bytes() {
         assert_eq!(read([packed.as_slice(), &packed].concat()).unwrap().records.len(), 40_000);
         let error = read(&packed[..packed.len() / 2]).unwrap_err().to_string();
         assert!(error.contains("cannot read the data file"), "{error}");
+    }
+}
+
+/// A small file may be packed of one that goes on for ever.
+#[test]
+fn a_record_without_an_end_is_refused() {
+    use std::io::Write;
+    let packed = |parts: &[(&str, usize)]| {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        for (text, times) in parts {
+            (0..*times).for_each(|_| gzip.write_all(text.as_bytes()).unwrap());
+        }
+        gzip.finish().unwrap()
+    };
+    let kilobyte = "a".repeat(1024);
+    let too_many = MOST_BYTES / kilobyte.len() + 16; // a table's reader is some kilobytes ahead
+    let record = r#"{"instruction": "a", "output": "b"}"#;
+    let (first, array, lines) = (r#"{"instruction": ""#, format!("[{record}, "), format!("{record}\n"));
+    for (before, place) in [
+        ([lines.as_str(), first], "record 2 (line 2)"),
+        ([array.as_str(), first], "record 2"),
+        (["instruction,output\na,b\n", "a,\""], "record 2 (line 3)"),
+        (["instruction,output\n", "a,b,"], "record 1 (line 2)"),
+        (["instruction,output,", ""], "record 1 (line 1)"),
+    ] {
+        let [before, start] = before;
+        let found = read(packed(&[(before, 1), (start, 1), (&kilobyte, too_many)]));
+        let error = found.err().map(|error| error.to_string()).unwrap_or_default();
+        let expected = format!("d.json: {place}: it is longer than 64 MiB");
+        assert!(error.contains(&expected) && error.contains("Cut it into several"), "{error}");
+    }
+    // Together they may be longer.
+    let (line, row) = (format!("{first}{kilobyte}\", \"output\": \"b\"}}\n"), format!("{kilobyte},b\n"));
+    for (header, one) in [("", &line), ("instruction,output\n", &row)] {
+        let found = read(packed(&[(header, 1), (one, too_many)])).unwrap();
+        assert_eq!((found.records.len(), found.bad.count), (too_many, 0));
     }
 }
 

@@ -8,9 +8,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
 
-use super::TextTokenizer;
+use super::{TextTokenizer, growth};
 use crate::error::DataError;
 use crate::files;
+use crate::guarded::guarded;
 
 /// The file that a tokenizer travels as, beside an adapter too.
 const TOKENIZER_JSON: &str = "tokenizer.json";
@@ -88,7 +89,11 @@ impl TextTokenizer {
             "content": &content, "lstrip": token.lstrip, "normalized": token.normalized,
             "rstrip": token.rstrip, "single_word": token.single_word, "special": special,
         });
-        self.tokenizer.add_tokens([token]).map_err(|error| self.error("add a token to", &error))?;
+        let add = || {
+            growth::normalized(&self.tokenizer, &content)?;
+            self.tokenizer.add_tokens([token]).map_err(|error| error.to_string())
+        };
+        guarded(add).flatten().map_err(|why| self.error(&format!("add the token {content:?}"), &why))?;
         let id = self.token_id(&content).ok_or_else(|| DataError::AddedTokens {
             place: "tokens.add".into(),
             message: format!("{content:?} could not be added"),

@@ -4,15 +4,18 @@ use std::collections::HashMap;
 
 use tokenizers::{Model, OffsetReferential, OffsetType, PreTokenizer};
 
-use super::TextTokenizer;
+use super::{TextTokenizer, growth};
 use crate::error::DataError;
+use crate::guarded::guarded;
 
 /// How many words one encoder remembers. Alpaca's 52,000 records have some 60,000 distinct ones.
 const WORDS: usize = 1 << 17;
 /// Longer words are hardly ever met again. In bytes.
 const LONGEST_WORD: usize = 64;
+/// Letters that an error shows of a text.
+const SHOWN: usize = 40;
 
-/// Gives the same ids as [`TextTokenizer::encode`], at about three quarters of the cost: it walks the tokenizer's stages itself,
+/// Gives the same ids as the tokenizers crate, at about three quarters of the cost: it walks the tokenizer's stages itself,
 /// remembers each word's ids, and so never builds the spelling and offsets of every token, which nobody reads.
 /// For one thread.
 #[derive(Debug)]
@@ -50,11 +53,21 @@ impl<'a> Encoder<'a> {
 
     /// Adds the ids of `text` to `ids`, with neither BOS nor EOS.
     pub fn encode(&mut self, text: &str, ids: &mut Vec<u32>) -> Result<(), DataError> {
+        // On this thread: there are regular expressions in a tokenizer, whose reader panics where a text takes them too
+        // long.
+        guarded(|| self.walk(text, ids)).flatten().map_err(|why| {
+            let (beginning, bytes) = (text.chars().take(SHOWN).collect::<String>(), text.len());
+            let more = if beginning.len() < bytes { ".." } else { "" };
+            let action = format!("encode {beginning:?}{more} ({bytes} bytes)");
+            self.tokenizer.error(&action, &format!("{why}; leave this text out, or take another tokenizer"))
+        })
+    }
+
+    fn walk(&mut self, text: &str, ids: &mut Vec<u32>) -> Result<(), String> {
         let tokenizer = &self.tokenizer.tokenizer;
-        let failed = |error| self.tokenizer.error("encode", &error);
+        let failed = |error: tokenizers::Error| error.to_string();
         // Added tokens are taken out whole, what is between them is normalized ..
-        let added = tokenizer.get_added_vocabulary();
-        let mut pieces = added.extract_and_normalize(tokenizer.get_normalizer(), text);
+        let mut pieces = growth::normalized(tokenizer, text)?;
         // .. and cut into words ..
         if let Some(cut) = tokenizer.get_pre_tokenizer() {
             cut.pre_tokenize(&mut pieces).map_err(failed)?;

@@ -10,9 +10,10 @@ use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::{Parts, sentence_piece, token_name};
+use super::{Parts, growth, sentence_piece, token_name};
 use crate::error::DataError;
 use crate::files;
+use crate::guarded::guarded;
 
 /// Everything the directory says about BOS and EOS.
 struct Settings {
@@ -53,8 +54,18 @@ fn tokenizer_json(path: &Path) -> Result<Tokenizer, DataError> {
     let bytes = files::read(path, "read the tokenizer")?;
     let text = files::text(path, &bytes)?;
     let error = |message: String| DataError::Tokenizer { place: path.display().to_string(), message };
-    check(text).map_err(error)?;
-    Tokenizer::from_bytes(text).map_err(|e| error(format!("not a valid tokenizer.json: {e}")))
+    guarded(|| whole_tokenizer(text)).flatten().map_err(error)
+}
+
+fn whole_tokenizer(text: &str) -> Result<Tokenizer, String> {
+    check(text)?;
+    let mut tokenizer =
+        Tokenizer::from_bytes(text).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
+    // Some published files still hold the padding and truncation of their training run.
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|e| e.to_string())?;
+    growth::check(&tokenizer)?;
+    Ok(tokenizer)
 }
 
 /// A JSON object from a file that need not be there.
@@ -198,8 +209,11 @@ fn chat_templates(dir: &Path) -> Result<Option<Value>, DataError> {
 
 /// The token, if any, that the tokenizer's post-processor puts in front of a text.
 fn added_in_front(tokenizer: &Tokenizer) -> Result<Option<u32>, String> {
-    let ids = |special| tokenizer.encode_fast("a", special).map(|e| e.get_ids().to_vec());
-    let (with, without) = (ids(true).map_err(|e| e.to_string())?, ids(false).map_err(|e| e.to_string())?);
+    let ids = |special| {
+        let encode = || tokenizer.encode_fast("a", special).map_err(|error| error.to_string());
+        guarded(encode).flatten().map(|encoding| encoding.get_ids().to_vec())
+    };
+    let (with, without) = (ids(true)?, ids(false)?);
     Ok(if with.len() > without.len() && with.first() != without.first() {
         with.first().copied()
     } else {
@@ -214,6 +228,10 @@ struct File<'a> {
     model: Model<'a>,
     #[serde(default)]
     post_processor: Value,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    added_tokens: Value,
 }
 
 /// Of a BPE.
@@ -265,7 +283,8 @@ fn check(text: &str) -> Result<(), String> {
     let file: File<'_> =
         serde_json::from_str(text).map_err(|e| format!("not a valid tokenizer.json: {e}"))?;
     check_merges(&file.model)?;
-    check_post_processor(&file.post_processor)
+    check_post_processor(&file.post_processor)?;
+    growth::check_added(&file.normalizer, &file.added_tokens)
 }
 
 /// Whether the template of a single text asks for no more than there is.

@@ -40,13 +40,13 @@ pub(crate) fn llama2() -> TextTokenizer {
     TextTokenizer::from_gguf(&tiny("sentence_piece").0).unwrap()
 }
 
-fn saved(tokenizer: &TextTokenizer) -> TempDir {
+pub(crate) fn saved(tokenizer: &TextTokenizer) -> TempDir {
     let dir = TempDir::new().unwrap();
     tokenizer.save(dir.path()).unwrap();
     dir
 }
 
-fn edit(dir: &Path, file: &str, change: impl FnOnce(&mut Value)) {
+pub(crate) fn edit(dir: &Path, file: &str, change: impl FnOnce(&mut Value)) {
     let path = dir.join(file);
     let mut value = fs::read(&path).map_or(json!({}), |bytes| serde_json::from_slice(&bytes).unwrap());
     change(&mut value);
@@ -202,6 +202,100 @@ fn a_post_processor_that_asks_for_more_than_there_is_is_refused() {
             assert!(error.contains("tokenizer.json") && error.contains(told), "{error}");
         }
     }
+}
+
+/// Cuts text into words by an expression that takes for ever on some.
+pub(crate) fn split_for_ever(file: &mut Value) {
+    file["pre_tokenizer"] =
+        json!({"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": false});
+}
+
+fn added(id: u32, content: &str) -> Value {
+    json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+           "normalized": true, "special": false})
+}
+
+/// The tokenizers crate panics on both.
+#[test]
+fn expressions_that_take_for_ever_are_errors() {
+    let dir = saved(&smollm());
+    let long = "a".repeat(40) + "b";
+    let id = smollm().vocab_size() as u32;
+    edit(dir.path(), "tokenizer.json", |file| {
+        split_for_ever(file);
+        file["decoder"] = json!({"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"});
+        file["added_tokens"].as_array_mut().unwrap().push(added(id, &long));
+    });
+    let tokenizer = TextTokenizer::from_dir(dir.path()).unwrap();
+    let text = format!("a{long}"); // the added token is taken out of others
+    let of_encoder = tokenizer.encoder().encode(&format!("{}c", "a".repeat(40)), &mut Vec::new());
+    let errors = [
+        tokenizer.encode(&format!("{}c", "a".repeat(40))).unwrap_err(),
+        of_encoder.unwrap_err(),
+        tokenizer.decode(&[id]).unwrap_err(),
+        tokenizer.decode_with_specials(&[id]).unwrap_err(),
+        tokenizer.decode_stream().step(id).unwrap_err(),
+    ];
+    for error in errors.map(|error| error.to_string()) {
+        assert!(
+            error.contains("tokenizer.json: cannot ") && error.contains("retry-limit-in-match"),
+            "{error}"
+        );
+    }
+    assert!(tokenizer.encode(&text).is_ok_and(|ids| ids.ends_with(&[id])));
+    assert!(!crate::is_guarded());
+}
+
+/// Eight rules that each write sixteen letters for one make 4 GB of one letter.
+#[test]
+fn tokenizers_that_make_much_of_little_are_refused() {
+    let eight = |letter: &str| -> Vec<Value> {
+        let content = letter.repeat(16);
+        (0..8)
+            .map(|_| json!({"type": "Replace", "pattern": {"String": letter}, "content": content}))
+            .collect()
+    };
+    let normalizers = |letter: &str| json!({"type": "Sequence", "normalizers": eight(letter)});
+    let read = |change: &dyn Fn(&mut Value)| {
+        let dir = saved(&smollm());
+        edit(dir.path(), "tokenizer.json", change);
+        TextTokenizer::from_dir(dir.path())
+    };
+    let refused = |change: &dyn Fn(&mut Value)| {
+        let error = read(change).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json: "), "{error}");
+        error
+    };
+    // What is read is given a letter, and its added tokens.
+    let error = refused(&|file| file["normalizer"] = normalizers("a"));
+    assert!(error.contains("its normalizer would make more than 65536 bytes"), "{error}");
+    let error = refused(&|file| {
+        file["normalizer"] = normalizers("b");
+        file["added_tokens"].as_array_mut().unwrap().push(added(430, "bob"));
+    });
+    assert!(
+        error.contains("an added token of 3 bytes: its normalizer would make more than 65536"),
+        "{error}"
+    );
+    // Others come with the texts; of several pieces too.
+    let tokenizer = read(&|file| file["normalizer"] = normalizers("b")).unwrap();
+    assert_eq!(tokenizer.encode("aa").unwrap(), smollm().encode("aa").unwrap());
+    let error = tokenizer.encode("a<|im_end|>b").unwrap_err().to_string();
+    assert!(
+        error.contains("cannot encode \"a<|im_end|>b\" (12 bytes): its normalizer would make"),
+        "{error}"
+    );
+    let long = json!({"type": "Replace", "pattern": {"Regex": "b"}, "content": "x".repeat(10_000)});
+    let tokenizer = read(&|file| file["normalizer"] = long.clone()).unwrap();
+    assert!(tokenizer.encode("b").is_ok() && tokenizer.encode(&"b".repeat(100)).is_err());
+    let error = refused(&|file| file["decoder"] = json!({"type": "Sequence", "decoders": eight("a")}));
+    assert!(error.contains("its decoder may make 6975757441 bytes of one, expected at most 64"), "{error}");
+    let spelling =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let error = refused(&|file| {
+        file["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": vec![spelling.clone(); 30]});
+    });
+    assert!(error.contains("spells a text anew 30 times, expected at most 4"), "{error}");
 }
 
 #[test]
