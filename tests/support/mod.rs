@@ -17,6 +17,18 @@ pub fn devices() -> Vec<&'static str> {
     if cfg!(feature = "tch") { vec!["cpu", "tch:cpu"] } else { vec!["cpu"] }
 }
 
+/// Whether what is started from here hears of Ctrl-C: a shell has what it starts in the background ignore it.
+pub fn hears_ctrl_c() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask =
+        status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    let hears = mask.is_none_or(|mask| mask & 2 == 0);
+    if !hears {
+        eprintln!("not tested: Ctrl-C, which was ignored when the tests were started");
+    }
+    hears
+}
+
 /// A folder of `tests/golden/`, such as "tiny-gqa".
 pub fn golden(name: &str) -> String {
     format!("{}/../../tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))

@@ -50,7 +50,9 @@ pub fn run(args: &Export) -> Result<()> {
     };
     let report = export(&opened.base, &adapter, &args.out, &options, &device, &mut finish);
     let ExportReport { files, adapted, notes, verification } = report.into_diagnostic()?;
-    notes.iter().for_each(|message| note(message));
+    for message in notes {
+        note(&message);
+    }
     print(&format!(
         "exported {adapted} modules for {}: {} in {}\n{}{}\n",
         args.to,

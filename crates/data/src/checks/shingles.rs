@@ -87,7 +87,7 @@ fn shared(prompts: &[&[u32]], most: usize, at: At) -> Vec<usize> {
     while let Some((group, known)) = open.pop() {
         let (Some((_, first)), Some((_, last))) = (group.first(), group.last()) else { continue };
         let differ = |far: &usize| at(first, *far).is_none() || at(first, *far) != at(last, *far);
-        let far = (known..).find(differ).unwrap_or(known);
+        let far = (known..=first.len()).find(differ).unwrap_or(known);
         for part in group.chunk_by(|(_, a), (_, b)| at(a, far) == at(b, far)) {
             let goes_on = part.first().is_some_and(|(_, prompt)| at(prompt, far).is_some());
             if goes_on && part.len() > most {

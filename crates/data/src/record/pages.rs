@@ -45,7 +45,7 @@ impl RowGroups for Pages {
 
     fn column_chunks(&self, column: usize) -> Result<Box<dyn PageIterator>> {
         let (file, metadata) = (Arc::clone(&self.file), Arc::clone(&self.metadata));
-        Ok(Box::new(Column { file, metadata, column, row_group: 0 }))
+        Ok(Box::new(Column { file, metadata, number: column, row_group: 0 }))
     }
 
     fn row_groups(&self) -> Box<dyn Iterator<Item = &RowGroupMetaData> + '_> {
@@ -61,7 +61,8 @@ impl RowGroups for Pages {
 struct Column {
     file: Arc<Whole>,
     metadata: Arc<ParquetMetaData>,
-    column: usize,
+    /// Which one.
+    number: usize,
     /// The next one.
     row_group: usize,
 }
@@ -73,7 +74,7 @@ impl Iterator for Column {
         let rows = self.metadata.row_groups().get(self.row_group)?;
         self.row_group += 1;
         let open = || -> Result<Box<dyn PageReader>> {
-            let Some(column) = rows.columns().get(self.column) else {
+            let Some(column) = rows.columns().get(self.number) else {
                 return Err(ParquetError::General("a row group lacks a column".to_owned()));
             };
             let file = Arc::new(Headed(Arc::clone(&self.file)));
