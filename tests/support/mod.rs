@@ -221,6 +221,16 @@ impl Workshop {
     }
 }
 
+/// `prep` of `data` for `base`.
+pub fn prep_args(data: &str, base: &str, out: &str) -> Vec<String> {
+    ["prep", "--data", data, "--base", base, "--out", out].map(str::to_owned).into()
+}
+
+/// `merge` of the two.
+pub fn merge_args(base: &str, adapter: &str, out: &str) -> Vec<String> {
+    ["merge", "--base", base, "--adapter", adapter, "--out", out].map(str::to_owned).into()
+}
+
 /// `train recipe.toml` into `run`, on `device`, with changes.
 pub fn train_args<'a>(run: &str, device: &'a str, set: &[&'a str]) -> Vec<String> {
     let mut args: Vec<String> = ["train", "recipe.toml", "--device", device].map(str::to_owned).into();
