@@ -62,13 +62,38 @@ fn the_first_step_keeps_what_it_names() {
 #[test]
 fn a_run_that_has_to_end_saves_what_went_well() {
     let shop = Workshop::new();
-    let set = ["train.learning_rate=1e37", "train.warmup_steps=3", "train.save_steps=50", "data.val_size=0"];
-    let told = shop.train("run", "cpu", &set).fails(&["train.on_nan"]).err;
-    let logged = shop.losses_so_far("run");
-    assert!(logged > 1, "{told}");
-    let kept = format!("run/checkpoints/step-{logged:06}");
-    assert!(told.contains(&format!("step {}: ", logged + 1)) && told.contains(&kept), "{told}");
-    shop.pronk(["verify", &kept]).succeeds();
+    // A base that has no number for one letter, which the third batch is the first to hold.
+    let base = shop.copy_base("tiny-gqa", "base");
+    let mut weights = fs::read(base.join("model.safetensors")).unwrap();
+    let tokenizer: serde_json::Value =
+        serde_json::from_slice(&fs::read(base.join("tokenizer.json")).unwrap()).unwrap();
+    let id = tokenizer["model"]["vocab"]["Z"].as_u64().unwrap() as usize;
+    let file = safetensors::SafeTensors::deserialize(&weights).unwrap();
+    let embeddings = file.tensor("model.embed_tokens.weight").unwrap();
+    let start = embeddings.data().as_ptr() as usize - weights.as_ptr() as usize;
+    let row = 4 * embeddings.shape()[1];
+    weights[start + id * row..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(base.join("model.safetensors"), weights).unwrap();
+    let mut some = records();
+    some[9].1 = "Z.".to_owned();
+    shop.write("data.json", json(&some));
+    let path = format!("base.path={}", base.display());
+    let set = [&path, "data.order=sequential", "data.val_size=0", "train.save_steps=50", "train.keep_last=1"];
+    let told = shop.train("run", "cpu", &set).fails(&["step 3: the loss is NaN", "train.on_nan"]).err;
+    assert!(told.contains("run/checkpoints/step-000002"), "{told}");
+    assert!(shop.path("run/checkpoints/step-000000").exists(), "none is removed for it");
+    shop.pronk(["verify", "run"]).succeeds();
+    let run = shop.resume_changed("run", "cpu", &["train.on_nan=skip"]).succeeds();
+    assert!(run.err.contains("step 3 is skipped") && !run.err.contains("step 2/8"), "{}", run.err);
+
+    // Where it was the adapter that burst, the state before is the last good one.
+    let set = ["train.save_steps=4", "train.max_steps=4", "data.val_size=0", "train.keep_last=1"];
+    shop.train("burst", "cpu", &set).succeeds();
+    let set = ["train.learning_rate=1e37", "train.max_steps=20", "train.save_steps=50"];
+    let told = shop.resume_changed("burst", "cpu", &set).fails(&["train.on_nan"]).err;
+    assert!(told.contains("burst/checkpoints/step-000004"), "{told}");
+    shop.pronk(["verify", "burst"]).succeeds();
+    shop.resume_changed("burst", "cpu", &["train.learning_rate=1e-3", "train.max_steps=8"]).succeeds();
 
     // An update that no number holds is found when it is to be saved, even where the run would skip bad steps.
     let set = ["train.learning_rate=1e39", "train.warmup_steps=0", "train.save_steps=1", "train.on_nan=skip"];

@@ -197,6 +197,18 @@ fn adapters_are_told_combined_and_extracted_with_a_card() {
     };
     with("biases/adapter", "refused").fails(&["cannot be combined", "is trained whole", "pronk merge"]);
     assert!(!shop.path("refused").exists());
+    #[cfg(unix)]
+    {
+        let linked = shop.path("linked");
+        std::fs::create_dir(&linked).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::fs::copy(std::path::Path::new(&rslora).join(file), linked.join(file)).unwrap();
+        }
+        shop.write("secret", "words");
+        std::os::unix::fs::symlink("../secret", linked.join("chat_template.jinja")).unwrap();
+        with("linked", "refused").fails(&["linked/chat_template.jinja", "leads out of its folder"]);
+        assert!(!shop.path("refused").exists());
+    }
     with(&rslora, "combined").succeeds();
     let card = shop.read("combined/README.md");
     assert!(

@@ -1,6 +1,5 @@
 //! `README.md` of what others are to load: what it is, how every runtime loads it, and how it was trained.
 
-use std::fs;
 use std::path::Path;
 
 use miette::{IntoDiagnostic, Result};
@@ -402,7 +401,9 @@ pub fn of_combined(adapter: &Adapter, base: &str, parts: &[(String, f64)], metho
 
 /// The card that begins with `opening` and goes on with what the card of the adapter in `dir` tells of its training.
 pub fn with_training(opening: &str, dir: &Path) -> String {
-    let card = fs::read_to_string(dir.join(ModelCard::FILE)).unwrap_or_default();
+    // What is no text of this folder tells nothing.
+    let card = pronk_files::read_text(&dir.join(ModelCard::FILE)).unwrap_or_default();
+    let card = String::from_utf8_lossy(&card);
     let start = card.find(&format!("\n{}", ModelCard::TRAINING)).map(|at| at + 1);
     let training = start.and_then(|start| card.get(start..)).unwrap_or("Made with pronk.\n");
     format!("{opening}{training}")
@@ -445,6 +446,8 @@ fn python(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

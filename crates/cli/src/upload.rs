@@ -331,6 +331,8 @@ pub fn files_in(dir: &Path) -> Result<(Vec<FileToSend>, Vec<String>)> {
         if about.is_dir() {
             folders.push(name);
         } else {
+            // What a link leads to elsewhere is nobody's to send.
+            pronk_files::open(&path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
             files.push(FileToSend { path, name, bytes: about.len() });
         }
     }

@@ -46,6 +46,8 @@ for codec in ["snappy", "zstd", "gzip", "lz4"]:
     pq.write_table(plain, OUT / f"alpaca-{codec}.parquet", compression=codec, row_group_size=200)
 pq.write_table(others, OUT / "others.parquet", row_group_size=200)
 pq.write_table(pa.table(messages), OUT / "messages.parquet", row_group_size=200)
+# Many pages a column: of nested columns a reader looks ahead at the next one.
+pq.write_table(pa.table(messages), OUT / "messages-pages.parquet", use_dictionary=False, data_page_size=512, write_batch_size=16)
 for name, table, kind in [
     ("alpaca.arrow", plain, pa.ipc.new_file),
     ("others.stream", others, pa.ipc.new_stream),

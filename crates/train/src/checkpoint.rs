@@ -23,10 +23,8 @@ const STATES: &str = "optimizer.safetensors";
 pub struct TrainerState {
     /// Steps done.
     pub step: u64,
-    /// The lowest eval loss so far, and the step it was measured after.
-    pub best: Option<(f64, u64)>,
-    /// SHA-256 of the weights of the adapter which that was.
-    pub best_adapter: Option<String>,
+    /// The adapter of the lowest eval loss so far.
+    pub best: Option<Best>,
     /// The eval loss before the first step.
     pub eval_before: Option<f64>,
     /// The eval loss after this very step, where it was measured.
@@ -49,7 +47,6 @@ impl TrainerState {
         Self {
             step: 0,
             best: None,
-            best_adapter: None,
             eval_before: None,
             eval_loss: None,
             unmeasured: None,
@@ -59,6 +56,20 @@ impl TrainerState {
             samples: Vec::new(),
         }
     }
+}
+
+/// What is known of the adapter that gave the lowest loss on the held-out rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The loss.
+    pub eval_loss: f64,
+    /// The step that it was measured after.
+    pub step: u64,
+    /// The loss of the first micro-batch of these rows, summed over its supervised tokens; unknown where base or rows have
+    /// changed since.
+    pub first_loss: Option<f64>,
+    /// SHA-256 of its weights as they were saved.
+    pub sha256: Option<String>,
 }
 
 /// What a file tells of a run, and of the adapter beside it, which its own files tell in words of PEFT's.

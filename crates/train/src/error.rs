@@ -108,6 +108,20 @@ pub enum TrainError {
         /// The file with the rows, or why there is none.
         batch: String,
     },
+    /// An adapter that is not what was trained once it is loaded again.
+    #[error(
+        "{}: the adapter was saved, and gives a loss of {found} where it gave {expected} before; do not use it. {kept}:          see that disk and memory are sound, and go on from there", .path.display()
+    )]
+    ReadsBackOtherwise {
+        /// The adapter's folder.
+        path: PathBuf,
+        /// The mean loss over the rows that were looked at, before it was saved.
+        expected: f64,
+        /// And afterwards.
+        found: f64,
+        /// What is kept.
+        kept: Kept,
+    },
     /// A budget that not even the smallest share of a run fits in.
     #[error(
         "train.memory_budget: {} is too small: a micro-batch of {tokens} tokens takes at least {}. Expected \

@@ -28,7 +28,7 @@ mod verify;
 
 pub use backprop::{Keep, MicroBatchLoss, loss_and_gradients, loss_only};
 pub use card::ModelCard;
-pub use checkpoint::{Checkpoint, TrainerState};
+pub use checkpoint::{Best, Checkpoint, TrainerState};
 pub use config::{OnNan, Recompute, TrainConfig};
 pub use error::{Kept, TrainError};
 pub use footprint::{Footprint, Shapes, Workload};

@@ -60,6 +60,14 @@ pub struct Summary {
     pub skipped: u64,
 }
 
+/// What was measured on the held-out rows.
+struct HeldOutLoss {
+    /// Over their supervised tokens.
+    mean: f64,
+    /// Of their first micro-batch, summed.
+    first: f64,
+}
+
 /// A run: what it learns, from what, and how far it has come.
 pub struct Trainer<'a> {
     decoder: &'a Decoder,
@@ -123,11 +131,12 @@ impl<'a> Trainer<'a> {
     }
 
     /// The same run, set to where its `newest` whole checkpoint left it; to its beginning where it was ended
-    /// before there was one. Other rows than it began with are refused, unless `other_rows` are wanted.
+    /// before there was one. Other rows than it began with are refused, unless the run is to go on as it was
+    /// `changed`.
     pub fn resume(
         mut self,
         newest: Option<Checkpoint>,
-        other_rows: bool,
+        changed: bool,
         warn: impl Fn(&str),
     ) -> Result<Self, TrainError> {
         let Some(Checkpoint { state, adapter, optimizer }) = newest else {
@@ -137,11 +146,14 @@ impl<'a> Trainer<'a> {
             warn("this run ended before its first checkpoint: it begins anew");
             return Ok(self);
         };
-        if state.data_key != self.data.key && !other_rows {
+        if state.data_key != self.data.key && !changed {
             return Err(TrainError::OtherRows(self.folder.root().into()));
         }
         (self.state, self.adapter, self.optimizer) = (state, adapter, optimizer);
         self.state.data_key.clone_from(&self.data.key);
+        if let (true, Some(best)) = (changed, &mut self.state.best) {
+            best.first_loss = None;
+        }
         self.find_the_best(warn)?;
         Ok(self)
     }
@@ -190,7 +202,9 @@ impl<'a> Trainer<'a> {
         }
         self.answer_samples(observer)?;
         self.saved(observer, stop, |run| run.write_samples().and_then(|()| run.folder.seal_log()))?;
-        let TrainerState { eval_before, best, skipped, .. } = self.state;
+        self.read_back()?;
+        let TrainerState { eval_before, skipped, .. } = self.state;
+        let best = self.state.best.as_ref().map(|best| (best.eval_loss, best.step));
         Ok(Ending::Finished(Summary { steps: self.plan.total_steps, eval_before, best, skipped }))
     }
 
@@ -250,7 +264,8 @@ impl<'a> Trainer<'a> {
         self.write_samples()?;
         if self.config.eval_steps > 0 && !self.data.validation.is_empty() {
             observer.note("measuring the base on the held-out rows");
-            let Some(eval_loss) = self.evaluate(|| stop.load(Ordering::Relaxed))? else { return Ok(false) };
+            let measured = self.evaluate(|| stop.load(Ordering::Relaxed))?;
+            let Some(HeldOutLoss { mean: eval_loss, .. }) = measured else { return Ok(false) };
             self.state.eval_before = Some(eval_loss);
             self.folder.log(&EvalRecord { step: 0, epoch: 0.0, eval_loss })?;
         }
@@ -348,20 +363,26 @@ impl<'a> Trainer<'a> {
         self.plan.largest_micro_batch(&self.data.train, self.micro_batches)
     }
 
-    /// Mean loss over the held-out rows' supervised tokens; none where it was `stopping` meanwhile.
-    fn evaluate(&self, stopping: impl Fn() -> bool) -> Result<Option<f64>, TrainError> {
+    /// The loss on the held-out rows; none where it was `stopping` meanwhile.
+    fn evaluate(&self, stopping: impl Fn() -> bool) -> Result<Option<HeldOutLoss>, TrainError> {
         let _eval = trace_span!("eval").entered();
-        let rows: Vec<usize> = (0..self.data.validation.len()).collect();
-        let batches = laid_out(&self.data.validation, &rows, self.micro_batches);
+        let batches = self.held_out();
         let supervised: usize = batches.iter().map(PackedBatch::supervised).sum();
-        let mut sum = 0.0;
+        let mut sums = Vec::with_capacity(batches.len());
         for batch in &batches {
             if stopping() {
                 return Ok(None);
             }
-            sum += scalar(&loss_only(self.decoder, Some(&self.adapter), batch))?;
+            sums.push(scalar(&loss_only(self.decoder, Some(&self.adapter), batch))?);
         }
-        Ok(Some(sum / supervised as f64))
+        let mean = sums.iter().sum::<f64>() / supervised as f64;
+        Ok(sums.first().map(|&first| HeldOutLoss { mean, first }))
+    }
+
+    /// The micro-batches of the rows that nothing is learned from.
+    fn held_out(&self) -> Vec<PackedBatch> {
+        let rows: Vec<usize> = (0..self.data.validation.len()).collect();
+        laid_out(&self.data.validation, &rows, self.micro_batches)
     }
 }
 

@@ -1,8 +1,8 @@
 use std::collections::BTreeMap;
-use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use miette::{IntoDiagnostic, Result, miette};
+use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::{CHAT_TEMPLATE, PROMPT_TEMPLATE};
 use pronk_export::Extraction;
 use pronk_kernels::open_device;
@@ -146,7 +146,7 @@ pub fn combine(args: &Combine) -> Result<()> {
     let combined = Adapter::combine(&weighted, how).into_diagnostic()?;
     let parts: Vec<(String, f64)> =
         dirs.iter().map(|dir| dir.display().to_string()).zip(weights.iter().copied()).collect();
-    let mut beside = common_templates(dirs);
+    let mut beside = common_templates(dirs)?;
     beside.push((ModelCard::FILE, of_combined(&combined, &base, &parts, args.method)));
     publish(staging, &combined, &base, &beside)?;
     let modules = combined.summary().into_diagnostic()?;
@@ -219,11 +219,11 @@ fn publish(staging: Staging, adapter: &Adapter, base: &str, others: &[(&str, Str
 }
 
 /// The template of all goes along; of different ones none would be right.
-fn common_templates(dirs: &[PathBuf]) -> Vec<(&'static str, String)> {
+fn common_templates(dirs: &[PathBuf]) -> Result<Vec<(&'static str, String)>> {
     let mut common = Vec::new();
     for name in [CHAT_TEMPLATE, PROMPT_TEMPLATE] {
-        let sources: Vec<Option<String>> =
-            dirs.iter().map(|dir| fs::read_to_string(dir.join(name)).ok()).collect();
+        let paths = dirs.iter().map(|dir| dir.join(name));
+        let sources = paths.map(|path| text_where_there_is_one(&path)).collect::<Result<Vec<_>>>()?;
         match sources.first() {
             Some(Some(first)) if sources.iter().all(|source| source.as_ref() == Some(first)) => {
                 common.push((name, first.clone()));
@@ -234,5 +234,13 @@ fn common_templates(dirs: &[PathBuf]) -> Vec<(&'static str, String)> {
             _ => {}
         }
     }
-    common
+    Ok(common)
+}
+
+fn text_where_there_is_one(path: &Path) -> Result<Option<String>> {
+    match pronk_files::read_text(path) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).into_diagnostic().wrap_err_with(|| path.display().to_string()),
+    }
 }

@@ -10,7 +10,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-use super::shingles::{FEW, Shingles};
+use super::shingles::{FEW, FORM, SHARE, Shingles};
 use super::{Check, Finding, excerpt};
 use crate::error::DataError;
 use crate::example::ExampleView;
@@ -20,10 +20,13 @@ use crate::tokenizer::TextTokenizer;
 /// Rows are alike where they share at least so much, in percent: of an answer of a dozen words, all but one. Of Alpaca's
 /// rows no two share more than a quarter; of its bytes, a half.
 const ALIKE: usize = 65;
-/// Shingles that more rows have are the data's form, in percent.
-const FORM: usize = 90;
+/// And so much of their prompts: records whose answers have one form are no twins for that.
+const PROMPTS_ALIKE: usize = 50;
 /// Held-out rows that are looked at, evenly spread: memory is bound by them.
 const MOST: usize = 4096;
+/// Rows that a held-out row is compared with for nothing but what many rows have. Of rows that are many times the same the
+/// first will do.
+const TRIES: usize = 1000;
 
 /// A row's number and its shingles, in order.
 type Row = (usize, Vec<u64>);
@@ -62,6 +65,7 @@ fn twins(
     counts: &Counts,
 ) -> Vec<Option<(usize, usize)>> {
     let mut twins = vec![None; held_out.len()];
+    let mut tries = vec![0; held_out.len()];
     let mut having: HashMap<u64, Vec<usize>> = HashMap::new();
     for (index, (_, own)) in held_out.iter().enumerate() {
         for shingle in counts.rarest(own) {
@@ -70,23 +74,37 @@ fn twins(
     }
     for number in 0..train {
         let own = counts.telling(shingles.of(number));
-        let mut near = Vec::new();
+        // With whether it is for what many rows have alone.
+        let mut near: Vec<(usize, bool)> = Vec::new();
         for shingle in counts.rarest(&own) {
             let Some(rows) = having.get_mut(&shingle) else { continue };
+            let frequent = counts.is_frequent(shingle);
             // One twin is enough; so rows that are all nearly one are not all compared with each other.
-            rows.retain(|&row| twins.get(row) == Some(&None));
-            near.extend_from_slice(rows);
+            rows.retain(|&row| {
+                twins.get(row) == Some(&None) && !(frequent && tries.get(row) >= Some(&TRIES))
+            });
+            near.extend(rows.iter().map(|&row| (row, frequent)));
         }
         near.sort_unstable();
-        near.dedup();
-        for row in near {
-            let alike = held_out.get(row).map_or(0, |(_, other)| alike(&own, other));
-            if let Some(twin) = twins.get_mut(row).filter(|_| alike >= ALIKE) {
+        near.dedup_by_key(|(row, _)| *row);
+        for (row, frequent) in near {
+            let Some((held, other)) = held_out.get(row) else { continue };
+            let alike = alike(&own, other);
+            let is_twin = alike >= ALIKE && prompts_alike(shingles, train + held, number);
+            if let Some(twin) = twins.get_mut(row).filter(|_| is_twin) {
                 *twin = Some((alike, number));
+            } else if let Some(tries) = tries.get_mut(row) {
+                *tries += usize::from(frequent);
             }
         }
     }
     twins
+}
+
+/// Whether two rows ask nearly the same, as far as they ask. That many others ask so too is no matter.
+fn prompts_alike(shingles: &Shingles<'_>, a: usize, b: usize) -> bool {
+    let [a, b] = [a, b].map(|number| shingles.of_prompt(number));
+    (a.is_empty() && b.is_empty()) || alike(&a, &b) >= PROMPTS_ALIKE
 }
 
 /// How many rows have a shingle, of those that a held-out row has.
@@ -110,6 +128,11 @@ impl Counts {
 
     fn of(&self, shingle: u64) -> usize {
         self.having.get(&shingle).copied().unwrap_or(0)
+    }
+
+    /// Whether more rows have it than a few.
+    fn is_frequent(&self, shingle: u64) -> bool {
+        self.of(shingle) > FEW.max(self.rows / SHARE)
     }
 
     /// A row's shingles without the data's form.

@@ -1,6 +1,6 @@
 //! What shows in one row, or in the answers of all.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use super::{Check, Finding, excerpt, mojibake};
@@ -27,6 +27,8 @@ struct Looking<'a> {
     found: Vec<Finding>,
     /// By the token ids of an answer: how many rows give it, and the first that does.
     answers: HashMap<Vec<u32>, (usize, usize)>,
+    /// Of these, the words for nothing.
+    words: HashSet<Vec<u32>>,
 }
 
 /// All findings but those that take two rows.
@@ -43,6 +45,7 @@ pub(super) fn findings(data: &PreparedDataset, tokenizer: &TextTokenizer) -> Res
         max_seq_len: data.max_seq_len,
         found: checks.map(|check| Finding::none(check, rows + data.report.dropped_rows())).collect(),
         answers: HashMap::new(),
+        words: HashSet::new(),
     };
     for (number, row) in data.train.iter().chain(data.validation.iter()).enumerate() {
         looking.ends(number, row);
@@ -103,6 +106,9 @@ impl Looking<'_> {
                 self.add(Check::EmptyOutputs, Some(number), || format!("the answer is {text:?}"));
                 continue;
             }
+            if is_a_word_for_nothing(&text) {
+                self.words.insert(said.to_vec());
+            }
             let token = said.iter().find_map(|id| self.control.get(id));
             let marker = token.or_else(|| self.markers.iter().find(|marker| text.contains(marker.as_str())));
             if let Some(marker) = marker.cloned() {
@@ -155,29 +161,41 @@ impl Looking<'_> {
         for (ids, (count, first)) in std::mem::take(&mut self.answers) {
             if count > most {
                 repeated.push((ids, count, first));
+            } else if self.words.contains(&ids) {
+                // A word that many rows give is a label of theirs.
+                let answer = excerpt(&self.tokenizer.decode(&ids)?);
+                self.add_rows(Check::EmptyOutputs, first, count, || format!("the answer is {answer}"));
             }
         }
         repeated.sort_by_key(|&(_, count, first)| (std::cmp::Reverse(count), first));
         for (ids, count, first) in repeated {
             let answer = excerpt(&self.tokenizer.decode(&ids)?);
-            self.add(Check::OneAnswer, Some(first), || format!("{count} rows give the answer {answer}"));
-            if let Some(finding) = self.found.iter_mut().find(|finding| finding.check == Check::OneAnswer) {
-                finding.count += count - 1;
-            }
+            let what = || format!("{count} rows give the answer {answer}");
+            self.add_rows(Check::OneAnswer, first, count, what);
         }
         Ok(())
     }
+
+    /// So many rows, of which the first is told.
+    fn add_rows(&mut self, check: Check, first: usize, count: usize, what: impl FnOnce() -> String) {
+        self.add(check, Some(first), what);
+        if let Some(finding) = self.found.iter_mut().find(|finding| finding.check == check) {
+            finding.count += count - 1;
+        }
+    }
 }
 
-/// Whether an answer is none: white space, dots, "no output" or a word for nothing, perhaps in brackets.
+/// Whether an answer is one of [`NOTHING`], perhaps in brackets.
+fn is_a_word_for_nothing(text: &str) -> bool {
+    let bare = text.trim().trim_matches(|c| "<>[](){}\"'`".contains(c)).trim();
+    NOTHING.iter().any(|word| bare.eq_ignore_ascii_case(word))
+}
+
+/// Whether an answer is none: white space, dots, or "no output".
 fn says_nothing(text: &str) -> bool {
     let letters: String = text.chars().filter(|c| c.is_alphanumeric()).collect();
     let dots = |text: &str| !text.is_empty() && text.chars().all(|c| ".…".contains(c));
-    let bare = text.trim().trim_matches(|c| "<>[](){}\"'`".contains(c)).trim();
-    text.trim().is_empty()
-        || dots(text.trim())
-        || letters.eq_ignore_ascii_case("nooutput")
-        || NOTHING.iter().any(|word| bare.eq_ignore_ascii_case(word))
+    text.trim().is_empty() || dots(text.trim()) || letters.eq_ignore_ascii_case("nooutput")
 }
 
 /// The runs of an answer's labels.

@@ -1,17 +1,22 @@
 //! What of a row is its own, as shingles: the runs of three tokens that it has (Broder 1997, "On the resemblance and
 //! containment of documents").
 
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::example::ExampleView;
 use crate::prepared::PreparedDataset;
 
+/// Shingles that more rows have are the data's form, in percent.
+pub(super) const FORM: usize = 90;
+/// Prompts that are looked at for what they all have.
+const PROMPTS: usize = 1000;
 /// Tokens of a shingle. Of longer ones, a short answer would lose most by a single other word.
 const SHINGLE: usize = 3;
 /// What more rows than so many have in common is nobody's, ..
 pub(super) const FEW: usize = 10;
 /// .. if they are more than one in so many, too.
-const SHARE: usize = 100;
+pub(super) const SHARE: usize = 100;
 
 /// The rows of a dataset, those held out behind those to train on.
 ///
@@ -22,6 +27,8 @@ pub(super) struct Shingles<'a> {
     /// By row, how many tokens its prompt begins and ends with that are not its own.
     begins: Vec<usize>,
     ends: Vec<usize>,
+    /// What nearly all prompts have: the template's.
+    form: HashSet<u64>,
 }
 
 impl<'a> Shingles<'a> {
@@ -31,16 +38,12 @@ impl<'a> Shingles<'a> {
         let most = (prompts.len() / SHARE).max(FEW).min(prompts.len() / 2).max(1);
         let begins = shared(&prompts, most, |prompt, at| prompt.get(at).copied());
         let ends = shared(&prompts, most, |prompt, at| prompt.iter().nth_back(at).copied());
-        Self { data, begins, ends }
+        Self { data, begins, ends, form: form(&prompts) }
     }
 
     /// Of row `number`, in order. One that comes again is another.
     pub(super) fn of(&self, number: usize) -> Vec<u64> {
-        let PreparedDataset { train, validation, .. } = self.data;
-        let held_out = number.checked_sub(train.len());
-        let Some(row) = held_out.map_or_else(|| train.get(number), |row| validation.get(row)) else {
-            return Vec::new();
-        };
+        let Some(row) = self.row(number) else { return Vec::new() };
         let of = |tokens: &[usize]| tokens.get(number).copied().unwrap_or(0);
         let prompt = prompt(row);
         let (begin, end) = (of(&self.begins), prompt.len() - of(&self.ends).min(prompt.len()));
@@ -51,15 +54,44 @@ impl<'a> Shingles<'a> {
         let shingles = row.token_ids.windows(SHINGLE).enumerate().filter(own).map(|(_, run)| hash(run));
         // Where nothing of the prompt is left, it still is this one and not another.
         let whole = (begin >= end && !prompt.is_empty()).then(|| hash(prompt));
-        let mut shingles: Vec<u64> = shingles.chain(whole).collect();
-        shingles.sort_unstable();
-        let again =
-            |(times, &shingle): (usize, &u64)| if times == 0 { shingle } else { hash(&(shingle, times)) };
-        let mut shingles: Vec<u64> =
-            shingles.chunk_by(|a, b| a == b).flat_map(|same| same.iter().enumerate().map(again)).collect();
-        shingles.sort_unstable();
-        shingles
+        numbered(shingles.chain(whole).collect())
     }
+
+    /// Of its prompt alone, whatever many others begin or end with, less what nearly all have.
+    pub(super) fn of_prompt(&self, number: usize) -> Vec<u64> {
+        let prompt = self.row(number).map_or(&[][..], prompt);
+        let shingles = prompt.windows(SHINGLE).map(hash).filter(|shingle| !self.form.contains(shingle));
+        numbered(shingles.collect())
+    }
+
+    fn row(&self, number: usize) -> Option<ExampleView<'a>> {
+        let PreparedDataset { train, validation, .. } = self.data;
+        let held_out = number.checked_sub(train.len());
+        held_out.map_or_else(|| train.get(number), |row| validation.get(row))
+    }
+}
+
+/// What more than [`FORM`] percent of some of the prompts have.
+fn form(prompts: &[&[u32]]) -> HashSet<u64> {
+    let some = prompts.iter().step_by(prompts.len().div_ceil(PROMPTS).max(1));
+    let mut having: HashMap<u64, usize> = HashMap::new();
+    for prompt in some.clone() {
+        let own: HashSet<u64> = prompt.windows(SHINGLE).map(hash).collect();
+        own.into_iter().for_each(|shingle| *having.entry(shingle).or_default() += 1);
+    }
+    let looked_at = some.len();
+    having.retain(|_, rows| *rows > FEW.min(looked_at / 2) && 100 * *rows > FORM * looked_at);
+    having.into_keys().collect()
+}
+
+/// In order; one that comes again is another.
+fn numbered(mut shingles: Vec<u64>) -> Vec<u64> {
+    shingles.sort_unstable();
+    let again = |(times, &shingle): (usize, &u64)| if times == 0 { shingle } else { hash(&(shingle, times)) };
+    let mut shingles: Vec<u64> =
+        shingles.chunk_by(|a, b| a == b).flat_map(|same| same.iter().enumerate().map(again)).collect();
+    shingles.sort_unstable();
+    shingles
 }
 
 /// What precedes the first answer; nothing where no prompt can be told from it.

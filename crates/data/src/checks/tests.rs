@@ -95,6 +95,12 @@ fn every_fault_has_its_check() {
         .collect();
     assert_eq!(with(&refusals[..10]), Vec::<String>::new());
     assert_eq!(with(&refusals), ["one-answer"]);
+    // A word that many rows give is a label.
+    let labelled: Vec<Value> = (0..11)
+        .map(|i| json!({"instruction": format!("Tool for {i} of {}", i * i), "output": "none"}))
+        .collect();
+    assert_eq!(with(&labelled[..10]), ["empty-outputs"]);
+    assert_eq!(with(&labelled), ["one-answer"]);
 }
 
 /// With `train_on_inputs` every token is a label, the answers' too.
@@ -226,8 +232,14 @@ fn what_many_rows_have_makes_them_no_twins() {
             json!({"place": null, "organization": null, "amount": null, "date": null, "seen": phrase(i, 4)});
         json!({"instruction": "Extract what was seen", "input": lines(i), "output": output.to_string()})
     };
+    // Of three forms, none of which nearly all rows have, and prompts that have nothing in common.
+    let forms = |i: usize| {
+        let fields = (0..12).map(|field| (format!("field_{}_{field}", i % 3), Value::Null));
+        let output = Value::Object(fields.collect());
+        json!({"instruction": lines(i), "output": output.to_string()})
+    };
     let both: Vec<Value> = (0..200).map(|i| if i % 2 == 0 { first(i) } else { last(i) }).collect();
-    for data in [both, (0..200).map(form).collect()] {
+    for data in [both, (0..200).map(form).collect(), (0..200).map(forms).collect()] {
         let found = finding(&prepared(&data, "alpaca", 2048, 30), Check::NearDuplicates);
         assert_eq!((found.count, found.of), (0, 30), "{found:?}");
     }

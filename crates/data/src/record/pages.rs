@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ::parquet::arrow::arrow_reader::RowGroups;
 use ::parquet::column::page::{Page, PageIterator, PageMetadata, PageReader};
@@ -77,9 +77,10 @@ impl Iterator for Column {
             let Some(column) = rows.columns().get(self.number) else {
                 return Err(ParquetError::General("a row group lacks a column".to_owned()));
             };
-            let file = Arc::new(Headed(Arc::clone(&self.file)));
+            let file = Arc::new(Headed { file: Arc::clone(&self.file), is_peeked: AtomicBool::new(false) });
             let rows = usize::try_from(rows.num_rows())?;
-            Ok(Box::new(Sound(SerializedPageReader::new(file, column, rows, None)?)))
+            let pages = SerializedPageReader::new(Arc::clone(&file), column, rows, None)?;
+            Ok(Box::new(Sound { pages, file }))
         };
         Some(open())
     }
@@ -88,7 +89,11 @@ impl Iterator for Column {
 impl PageIterator for Column {}
 
 /// Pages whose dictionaries have as many bytes as values: as many values as they say have room made for them.
-struct Sound(SerializedPageReader<Headed>);
+struct Sound {
+    pages: SerializedPageReader<Headed>,
+    /// The same that the pages are read from.
+    file: Arc<Headed>,
+}
 
 impl Iterator for Sound {
     type Item = Result<Page>;
@@ -100,7 +105,7 @@ impl Iterator for Sound {
 
 impl PageReader for Sound {
     fn get_next_page(&mut self) -> Result<Option<Page>> {
-        let page = self.0.get_next_page()?;
+        let page = self.pages.get_next_page()?;
         match &page {
             Some(Page::DictionaryPage { buf, num_values, .. }) if *num_values as usize > buf.len() => {
                 let told = format!("a dictionary is to hold {num_values} values in {} bytes", buf.len());
@@ -111,20 +116,27 @@ impl PageReader for Sound {
     }
 
     fn peek_next_page(&mut self) -> Result<Option<PageMetadata>> {
-        self.0.peek_next_page()
+        let page = self.pages.peek_next_page()?;
+        self.file.is_peeked.store(page.is_some(), Ordering::Relaxed);
+        Ok(page)
     }
 
     fn skip_next_page(&mut self) -> Result<()> {
-        self.0.skip_next_page()
+        self.file.is_peeked.store(false, Ordering::Relaxed);
+        self.pages.skip_next_page()
     }
 }
 
 /// A file that is read from only where a page's header is, and then as many bytes as are the page's.
-struct Headed(Arc<Whole>);
+struct Headed {
+    file: Arc<Whole>,
+    /// Whether the header of the next page has been read: then its reader asks to read behind it, and does not.
+    is_peeked: AtomicBool,
+}
 
 impl Length for Headed {
     fn len(&self) -> u64 {
-        self.0.len()
+        self.file.len()
     }
 }
 
@@ -132,11 +144,14 @@ impl ChunkReader for Headed {
     type T = BufReader<Counted>;
 
     fn get_read(&self, start: u64) -> Result<Self::T> {
-        let bytes = unpacked_bytes(&mut self.0.get_read(start)?).map_err(|error| {
+        if self.is_peeked.swap(false, Ordering::Relaxed) {
+            return self.file.get_read(start);
+        }
+        let bytes = unpacked_bytes(&mut self.file.get_read(start)?).map_err(|error| {
             ParquetError::General(format!("the header of a page at byte {start}: {error}"))
         })?;
         if (0..=MOST_BYTES).contains(&bytes) {
-            return self.0.get_read(start);
+            return self.file.get_read(start);
         }
         Err(ParquetError::General(format!(
             "a page at byte {start} is to unpack to {bytes} bytes, {MOST_BYTES} at most are read (pages can be written smaller)"
@@ -144,7 +159,7 @@ impl ChunkReader for Headed {
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes> {
-        self.0.get_bytes(start, length)
+        self.file.get_bytes(start, length)
     }
 }
 

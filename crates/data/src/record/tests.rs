@@ -393,7 +393,7 @@ fn columns_of_every_kind_are_read() {
         assert!(found.records == expected, "{name}");
         assert_eq!((found.ignored_fields["score"], found.origins[299].record), (300, 300), "{name}");
     }
-    for name in ["messages.parquet", "messages.stream"] {
+    for name in ["messages.parquet", "messages-pages.parquet", "messages.stream"] {
         let found = auto(&table(name)).unwrap();
         assert_eq!(
             (found.format, found.records.len()),

@@ -5,18 +5,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use pronk_lora::{ADAPTER_WEIGHTS, AdapterFiles};
+use pronk_data::PackedBatch;
+use pronk_lora::{ADAPTER_WEIGHTS, Adapter, AdapterFiles};
 use tracing::trace_span;
 
-use super::{Observer, Trainer};
-use crate::checkpoint::Snapshot;
+use super::{HeldOutLoss, Observer, Trainer};
+use crate::checkpoint::{Best, Snapshot};
 use crate::error::Kept;
+use crate::gradients::scalar;
 use crate::manifest::{Content, differences};
 use crate::publish::publish;
-use crate::{ModelCard, RunFolder, TrainConfig, TrainError, checkpoint};
+use crate::{ModelCard, RunFolder, TrainConfig, TrainError, checkpoint, loss_only};
 
 /// The first pause after a save that failed; each is twice as long as the one before.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// How far the loss of an adapter that was read back may be from what it was, relative to that: what is fixed beside an
+/// adapter is a part of it in its file, and rounded otherwise. On other runs it is the same number.
+const READ_BACK: f64 = 1e-2;
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 /// How soon a pause hears of a wish to stop.
 const TICK: Duration = Duration::from_millis(100);
@@ -123,13 +128,30 @@ impl Trainer<'_> {
         }
     }
 
-    /// Writes a checkpoint of the steps that went well, for a run that ends here; where that fails, an older one is kept.
+    /// Writes a checkpoint of the steps that went well, for a run that ends here. Where that fails, an older one is kept; so it
+    /// is where the adapter itself is what went wrong, and gives no loss on the rows of the step before either.
     pub(super) fn save_before_it_ends(&mut self) {
         self.save_under_way = None; // which is waited for
-        let is_there = checkpoint::list(&self.folder).contains_key(&self.state.step);
-        if self.config.save_steps > 0 && self.state.step > 0 && !is_there {
-            let _ = self.save_checkpoint();
+        let step = self.state.step;
+        let is_there =
+            checkpoint::list(&self.folder).get(&step).is_some_and(|dir| differences(dir).is_empty());
+        if self.config.save_steps == 0 || step == 0 || is_there {
+            return;
         }
+        let before = self.plan.micro_batches(step - 1, &self.data.train, self.micro_batches);
+        let loss = |batch: &PackedBatch| scalar(&loss_only(self.decoder, Some(&self.adapter), batch));
+        if before.iter().all(|batch| loss(batch).is_ok_and(f64::is_finite)) {
+            let _ = self.save_beside_all();
+        }
+    }
+
+    /// The last checkpoint, with the adapter as `begin_save` has it, and none removed for it.
+    fn save_beside_all(&self) -> Result<(), TrainError> {
+        self.folder.seal_log()?;
+        let usable = self.has_learned() && self.state.best.is_none();
+        let mut save = self.save_of(usable.then(|| self.adapter_folder(None)).transpose()?, true)?;
+        save.config.keep_last = usize::MAX;
+        save.write()
     }
 
     /// The state that the run would go on from.
@@ -157,8 +179,8 @@ impl Trainer<'_> {
         }
         let eval_loss = self.state.eval_loss.filter(|_| is_best);
         let adapter = usable.then(|| self.adapter_folder(eval_loss)).transpose()?;
-        if let (true, Some(folder)) = (is_best, &adapter) {
-            self.state.best_adapter = Some(Content::of(folder.adapter.weights()).sha256().to_owned());
+        if let (true, Some(folder), Some(best)) = (is_best, &adapter, &mut self.state.best) {
+            best.sha256 = Some(Content::of(folder.adapter.weights()).sha256().to_owned());
         }
         let save = self.save_of(adapter, due)?;
         self.save_under_way = Some(SaveUnderWay::begin(save));
@@ -237,12 +259,15 @@ impl Trainer<'_> {
         if self.data.validation.is_empty() {
             return Ok((None, false));
         }
-        let Some(loss) = self.evaluate(stopping)? else { return Ok((None, false)) };
+        let Some(HeldOutLoss { mean: loss, first }) = self.evaluate(stopping)? else {
+            return Ok((None, false));
+        };
         self.state.eval_loss = Some(loss);
-        let is_lowest = loss.is_finite() && self.state.best.is_none_or(|(best, _)| loss < best);
+        let is_lowest = loss.is_finite() && self.state.best.as_ref().is_none_or(|best| loss < best.eval_loss);
         let is_best = is_lowest && self.has_learned();
         if is_best {
-            self.state.best = Some((loss, self.state.step));
+            let step = self.state.step;
+            self.state.best = Some(Best { eval_loss: loss, step, first_loss: Some(first), sha256: None });
         }
         Ok((Some(loss), is_best))
     }
@@ -250,29 +275,59 @@ impl Trainer<'_> {
     /// The adapter of the lowest eval loss lies in its own folder alone. Where it was taken away or damaged, or is of a
     /// later step that was not saved, it cannot be made again, unless it is the one of this very step.
     pub(super) fn find_the_best(&mut self, warn: impl Fn(&str)) -> Result<(), TrainError> {
-        let Some((loss, step)) = self.state.best else { return Ok(()) };
-        let Some(problem) = self.is_not_the_best() else { return Ok(()) };
+        let Some(best) = &self.state.best else { return Ok(()) };
+        let (step, loss) = (best.step, best.eval_loss);
+        let Some(problem) = self.sets_apart_from(best) else { return Ok(()) };
         if step == self.state.step {
             return self.save_adapter(Some(loss));
         }
-        (self.state.best, self.state.best_adapter) = (None, None);
+        self.state.best = None;
         warn(&format!(
             "the best adapter so far, of step {step}, is gone ({problem}); the best from here on is kept"
         ));
         Ok(())
     }
 
-    /// What sets the adapter in its folder apart from the one that the state calls the best.
-    fn is_not_the_best(&self) -> Option<String> {
+    /// What sets the adapter in its folder apart from the `best`.
+    fn sets_apart_from(&self, best: &Best) -> Option<String> {
         let dir = self.folder.adapter();
         if let Some(damage) = differences(&dir).into_iter().next() {
             return Some(format!("{}: {}", damage.path.display(), damage.problem));
         }
         let path = dir.join(ADAPTER_WEIGHTS);
         let found = Content::of_file(&path).ok();
-        let is_it = found
-            .is_some_and(|found| self.state.best_adapter.as_deref().is_none_or(|it| it == found.sha256()));
+        let is_it = found.is_some_and(|found| best.sha256.as_deref() == Some(found.sha256()));
         (!is_it).then(|| format!("{}: it is of another step", path.display()))
+    }
+
+    /// Loads the adapter as anybody would, and holds what it gives against what it gave when it was saved.
+    pub(super) fn read_back(&self) -> Result<(), TrainError> {
+        let (path, device) = (self.folder.adapter(), self.decoder.device());
+        let loaded = Adapter::load(&path, &self.decoder.config.adapter_modules(), device)?;
+        let loss =
+            |adapter: &Adapter, batch: &PackedBatch| scalar(&loss_only(self.decoder, Some(adapter), batch));
+        let (batch, expected) = match (self.held_out().into_iter().next(), &self.state.best) {
+            (Some(batch), Some(Best { first_loss: Some(expected), .. })) => (batch, *expected),
+            (Some(_), Some(_)) => return Ok(()),
+            // The last one, which is at hand.
+            _ => {
+                let batch = self.largest_micro_batch();
+                let expected = loss(&self.adapter, &batch)?;
+                (batch, expected)
+            }
+        };
+        let found = loss(&loaded, &batch)?;
+        if (found - expected).abs() <= READ_BACK * expected.abs() {
+            return Ok(());
+        }
+        let tokens = batch.supervised() as f64;
+        let (expected, found) = (expected / tokens, found / tokens);
+        Err(TrainError::ReadsBackOtherwise {
+            path,
+            expected,
+            found,
+            kept: Kept(checkpoint::newest(&self.folder)),
+        })
     }
 
     pub(super) fn answer_samples(&mut self, observer: &mut dyn Observer) -> Result<(), TrainError> {

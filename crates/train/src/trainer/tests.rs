@@ -65,6 +65,24 @@ fn with_trainer(dir: &Path, test: impl FnOnce(Trainer<'_>)) {
     );
 }
 
+/// An adapter whose bytes were written well, and are not those of the adapter that was trained.
+#[test]
+fn an_adapter_that_is_not_what_was_trained_is_not_called_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    with_trainer(dir.path(), |mut run| {
+        run.run(&mut Silent, &AtomicBool::new(false)).unwrap();
+        run.read_back().unwrap();
+        let config = dir.path().join("run/adapter/adapter_config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        let alpha = text.lines().find(|line| line.contains("lora_alpha")).unwrap();
+        std::fs::write(&config, text.replace(alpha, "\"lora_alpha\": 4000.0,")).unwrap();
+        let told = run.read_back().unwrap_err().to_string();
+        for words in ["run/adapter", "gives a loss of", "do not use it", "step-000003"] {
+            assert!(told.contains(words), "{words}: {told}");
+        }
+    });
+}
+
 #[test]
 fn a_device_that_fails_is_told_with_what_is_kept() {
     let dir = tempfile::tempdir().unwrap();
