@@ -77,7 +77,9 @@ fn form(prompts: &[&[u32]]) -> HashSet<u64> {
     let mut having: HashMap<u64, usize> = HashMap::new();
     for prompt in some.clone() {
         let own: HashSet<u64> = prompt.windows(SHINGLE).map(hash).collect();
-        own.into_iter().for_each(|shingle| *having.entry(shingle).or_default() += 1);
+        for shingle in own {
+            *having.entry(shingle).or_default() += 1;
+        }
     }
     let looked_at = some.len();
     having.retain(|_, rows| *rows > FEW.min(looked_at / 2) && 100 * *rows > FORM * looked_at);
