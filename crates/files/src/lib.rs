@@ -1,10 +1,12 @@
 //! Files of a folder that came from somewhere else: a base, an adapter, a run. What leads out of the folder is refused, and so
-//! is what is no file: reading from a pipe would wait for ever, and from a device never end.
+//! is what is no file: reading from a pipe would wait for ever, and from a device never end. And files written whole, or not at all.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
+
+use atomic_write_file::AtomicWriteFile;
 
 /// More than any configuration, template or tokenizer takes.
 const MOST_TEXT: u64 = 1 << 28;
@@ -44,8 +46,20 @@ pub fn read_text(path: &Path) -> io::Result<Vec<u8>> {
     Err(io::Error::new(io::ErrorKind::InvalidData, problem))
 }
 
+/// Writes a file whole, to a temporary name beside it, synced and renamed; then reads it back. What reads back otherwise is an
+/// error of the kind [`InvalidData`](io::ErrorKind::InvalidData).
+pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = AtomicWriteFile::open(path)?;
+    file.write_all(bytes)?;
+    file.commit()?;
+    if holds(path, bytes)? {
+        return Ok(());
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidData, "the file reads back different from what was written"))
+}
+
 /// Whether the file at `path` holds just these bytes.
-pub fn holds(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+fn holds(path: &Path, bytes: &[u8]) -> io::Result<bool> {
     let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
     let mut rest = bytes;
     loop {
@@ -106,6 +120,8 @@ mod tests {
         for (bytes, is_it) in [("words", true), ("word", false), ("words.", false), ("", false)] {
             assert_eq!(holds(&at("base/plain"), bytes.as_bytes()).unwrap(), is_it, "{bytes}");
         }
+        write(&at("base/plain"), b"other words").unwrap();
+        assert_eq!(read(&at("base/plain")).unwrap(), b"other words");
         // As long as it is told to be, and nowhere on the disk.
         File::create(at("base/long")).unwrap().set_len(1 << 40).unwrap();
         assert!(read_text(&at("base/long")).unwrap_err().to_string().contains("268435456 bytes at most"));

@@ -8,10 +8,9 @@ pub use config_file::{base_of, loftq_config_of};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
-use atomic_write_file::AtomicWriteFile;
 use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
 use safetensors::tensor::{TensorView, View};
@@ -431,16 +430,8 @@ fn read(path: &Path) -> Result<Vec<u8>, LoraError> {
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), LoraError> {
-    let io = |source| LoraError::Io { path: path.into(), source };
-    let write = || {
-        let mut file = AtomicWriteFile::open(path)?;
-        file.write_all(bytes)?;
-        file.commit()
-    };
-    write().map_err(io)?;
-    if pronk_files::holds(path, bytes).map_err(io)? {
-        return Ok(());
-    }
-    let problem = "the file reads back different from what was written".into();
-    Err(LoraError::NotSaved { path: path.into(), problem })
+    pronk_files::write(path, bytes).map_err(|source| match source.kind() {
+        ErrorKind::InvalidData => LoraError::NotSaved { path: path.into(), problem: source.to_string() },
+        _ => LoraError::Io { path: path.into(), source },
+    })
 }

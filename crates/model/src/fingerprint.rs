@@ -32,8 +32,13 @@ impl Base {
             field(header);
             sample(&path, &mut field).map_err(ModelError::io(&path))?;
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hex(hash))
     }
+}
+
+/// Lower-case hexadecimal of a finished SHA-256.
+pub fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn sample(path: &Path, field: &mut impl FnMut(&[u8])) -> std::io::Result<()> {

@@ -159,6 +159,14 @@ impl Manifest {
         }
     }
 
+    /// SHA-256 of the file called `name`, where it may hold one content alone.
+    pub(crate) fn sha256_of(&self, name: &str) -> Option<&str> {
+        match self.files.get(name)?.as_slice() {
+            [content] => Some(&content.sha256),
+            _ => None,
+        }
+    }
+
     /// How many files it speaks of.
     pub(crate) fn files(&self) -> usize {
         self.files.len()

@@ -3,7 +3,6 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use atomic_write_file::AtomicWriteFile;
 use serde::Serialize;
 
 use crate::TrainError;
@@ -122,19 +121,7 @@ impl RunFolder {
 
     /// Writes a file whole, to a temporary name beside it, synced and renamed; then reads it back.
     pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-        let write = || {
-            let mut file = AtomicWriteFile::open(path)?;
-            file.write_all(bytes)?;
-            file.commit()?;
-            if pronk_files::holds(path, bytes)? {
-                return Ok(());
-            }
-            Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the file reads back different from what was written",
-            ))
-        };
-        write().map_err(TrainError::io(path))
+        pronk_files::write(path, bytes).map_err(TrainError::io(path))
     }
 
     /// Writes the file called `name` of the run whole. Its hash goes into the manifest before, beside

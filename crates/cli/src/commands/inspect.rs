@@ -1,8 +1,6 @@
-use std::fmt::Write as _;
-use std::io::Write as _;
+use std::fmt::Write;
 use std::path::Path;
 
-use atomic_write_file::AtomicWriteFile;
 use miette::{IntoDiagnostic, Result, WrapErr, miette};
 use pronk_data::checks::Shown;
 use pronk_data::{Check, ExampleView, Finding, PreparedDataset, TextTokenizer};
@@ -147,10 +145,5 @@ pub fn logits(name: &str, adapter: Option<&Path>, text: &str, out: &Path, device
         ("logits", TensorView::new(Dtype::F32, shape, &values).into_diagnostic()?),
     ];
     let bytes = safetensors::serialize(views, None).into_diagnostic()?;
-    let write = || {
-        let mut file = AtomicWriteFile::open(out)?;
-        file.write_all(&bytes)?;
-        file.commit()
-    };
-    write().into_diagnostic().wrap_err_with(|| out.display().to_string())
+    pronk_files::write(out, &bytes).into_diagnostic().wrap_err_with(|| out.display().to_string())
 }

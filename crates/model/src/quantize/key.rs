@@ -8,6 +8,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::Quantization;
+use crate::fingerprint::hex;
 use crate::{Base, ModelError};
 
 /// Counted up whenever the same base would become other files.
@@ -50,7 +51,7 @@ impl Key {
         for path in companions(base) {
             hash.update(stamp(&path)?);
         }
-        Ok(Self(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()))
+        Ok(Self(hex(hash)))
     }
 
     /// The whole key.

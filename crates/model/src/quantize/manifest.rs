@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::key::Key;
+use crate::fingerprint::hex;
 use crate::{Base, ModelError, Staging};
 
 /// Its file name.
@@ -49,7 +50,7 @@ fn sha256_at(path: &Path, start: u64) -> io::Result<String> {
     file.seek(SeekFrom::Start(start))?;
     let mut hash = Sha256::new();
     io::copy(&mut file.take(PART), &mut hash)?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(hash))
 }
 
 /// Writes the manifest of all that is in `staging`.

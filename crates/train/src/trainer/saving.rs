@@ -13,7 +13,7 @@ use super::{HeldOutLoss, Observer, Trainer};
 use crate::checkpoint::{Best, Snapshot};
 use crate::error::Kept;
 use crate::gradients::scalar;
-use crate::manifest::{Content, differences};
+use crate::manifest::{Content, Manifest, differences};
 use crate::publish::publish;
 use crate::{ModelCard, RunFolder, TrainConfig, TrainError, checkpoint, loss_only};
 
@@ -294,10 +294,11 @@ impl Trainer<'_> {
         if let Some(damage) = differences(&dir).into_iter().next() {
             return Some(format!("{}: {}", damage.path.display(), damage.problem));
         }
-        let path = dir.join(ADAPTER_WEIGHTS);
-        let found = Content::of_file(&path).ok();
-        let is_it = found.is_some_and(|found| best.sha256.as_deref() == Some(found.sha256()));
-        (!is_it).then(|| format!("{}: it is of another step", path.display()))
+        // Which is the file's: nothing differs.
+        let manifest = Manifest::read(&dir).ok().flatten();
+        let found = manifest.as_ref().and_then(|manifest| manifest.sha256_of(ADAPTER_WEIGHTS));
+        let is_it = found.is_some() && found == best.sha256.as_deref();
+        (!is_it).then(|| format!("{}: it is of another step", dir.join(ADAPTER_WEIGHTS).display()))
     }
 
     /// Loads the adapter as anybody would, and holds what it gives against what it gave when it was saved.
